@@ -1,0 +1,160 @@
+"""Every key a recipe may have, with its default and its meaning. Frozen: a resolved recipe never changes during a run.
+
+The text after each field (in the ``metadata`` of :func:`key`) is what ``fastssl config show --help-keys`` prints.
+All batch sizes are GLOBAL (summed over ranks). All lengths are optimiser updates unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def key(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:
+    """A recipe key with its help text; mutable defaults are copied per instance."""
+    meta = {"help": help, "choices": choices}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = key("", "converted dataset folder (the one that holds dataset.json)")
+    source: str = key("auto", "who delivers canvases; auto = the dataset folder's own format", ("auto", "arrays", "ffcv", "dali"))
+    split: str = key("", "label split: a name in <path>/splits/ or a path to a split .json")
+    eval_on: str = key("test", "what evaluation measures: the official test split, or the validation rows that the label split holds out of train", ("test", "validation"))
+    labeled_batch: int = key(64, "labelled images per update")
+    unlabeled_batch: int = key(448, "unlabelled images per update; ignored by methods that read none")
+    include_labeled: bool = key(True, "the unlabelled stream also contains the labelled rows (FixMatch paper: yes; TLlib: no)")
+    labeled_law: str = key("shuffle", "order law of the labelled stream")
+    unlabeled_law: str = key("shuffle", "order law of the unlabelled stream")
+    ahead: int = key(3, "steps that are read ahead of the trainer")
+    workers: int = key(0, "decoding threads per process; 0 = cores divided by processes, at most 8")
+    device_resident: str = key("auto", "arrays only: keep the whole dataset on the device; auto = on CUDA when it takes less than a quarter of the memory", ("auto", "yes", "no"))
+    stall_timeout_s: float = key(120.0, "seconds without data after which the feed gives up with an error")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    size: int = key(32, "side of the rendered square views in pixels")
+    weak: Any = key("fixmatch_weak", "policy name, or a list of {law: options}, for weak views")
+    strong: Any = key("fixmatch_strong", "policy name, or a list of {law: options}, for strong views")
+    eval: Any = key("plain", "policy for evaluation")
+    mean: Any = key("dataset", "'dataset' = the manifest's measured mean, or one number per channel in [0, 1]")
+    std: Any = key("dataset", "like mean")
+    backend: str = key("auto", "who renders pixels", ("auto", "reference", "triton"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = key("wrn_28_2", "wrn_28_2, wrn_28_8, wrn_var_37_2, a small CPU network, timm/<name> or torchvision/<name>")
+    options: dict[str, Any] = key({}, "keyword arguments of the builder (dropout, width, ...)")
+    weights: str = key("", "checkpoint to start from (.safetensors, .pth); empty = from scratch")
+
+
+@dataclass(frozen=True)
+class BatchNormConfig:
+    groups: Any = key(1, "the global batch is normalised in this many equal row groups; 1 or 'global' = one group over all ranks")
+    momentum: float | None = key(None, "running-statistics momentum; null = the model's own")
+    eps: float | None = key(None, "epsilon; null = the model's own")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    enabled: bool = key(True, "keep an exponential moving average of the student")
+    momentum: float = key(0.999, "weight of the old average")
+    momentum_law: str = key("constant", "constant; warmup = min(momentum, 1 - 1/k) at update k; cosine = SimMatchV2's ramp to 1", ("constant", "warmup", "cosine"))
+    buffers: str = key("copy", "BatchNorm statistics of the teacher: leave, copy from the student, average (EMAN), copy_matching", ("leave", "copy", "average", "copy_matching"))
+    buffers_matching: str = key("", "regular expression on buffer names for copy_matching")
+    when: str = key("after_step", "when the average moves", ("after_step", "before_forward", "by_method"))
+    mode: str = key("eval", "mode in which a method's teacher forward runs", ("train", "eval"))
+    start: str = key("copy", "copy of the student, or the path of a checkpoint whose teacher stays frozen")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: str = key("sgd", "optimiser", ("sgd", "adamw"))
+    lr: float = key(0.03, "base learning rate for the global batch; never rescaled")
+    momentum: float = key(0.9, "SGD momentum")
+    nesterov: bool = key(True, "Nesterov momentum")
+    betas: Any = key([0.9, 0.999], "AdamW betas")
+    weight_decay: float = key(5e-4, "L2 penalty (SGD) or decoupled decay (AdamW)")
+    no_decay: Any = key(["bias", "norm"], "what is exempt from decay: 'bias', 'norm' (norm-layer weights), or regular expressions on parameter names")
+    lr_factors: dict[str, float] = key({}, "regular expression on parameter names -> factor on lr; first match wins")
+    freeze: Any = key([], "regular expressions of parameters that are never trained")
+    clip_norm: float = key(0.0, "clip the global gradient norm; 0 = off")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: str = key("cosine_7_16", "learning-rate law over updates", ("cosine_7_16", "cosine_half", "cosine_epoch", "exp", "multistep", "constant"))
+    warmup_steps: int = key(0, "linear warm-up in updates")
+    warmup_epochs: int = key(0, "cosine_epoch, multistep: linear warm-up in epochs")
+    gamma: float = key(4e-4, "exp: lr (1 + gamma x)^-decay at finished update x; multistep: factor at each milestone")
+    decay: float = key(0.75, "exp: exponent")
+    milestones: Any = key([], "multistep: epochs at which lr is multiplied by gamma")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = key(1024, "optimiser updates of the whole run")
+    steps_per_epoch: int = key(1024, "updates per epoch: evaluation and epoch-wise laws follow it")
+    precision: str = key("no", "mixed precision through Accelerate", ("no", "bf16", "fp16"))
+    channels_last: bool = key(True, "channels-last memory for convolutions")
+    capture: str = key("auto", "record the whole update as one CUDA graph", ("auto", "on", "off"))
+    threads: int = key(0, "CPU threads per process; 0 = cores divided by processes")
+    deterministic: bool = key(True, "ask PyTorch for deterministic algorithms")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = key(0, "updates between evaluations; 0 = each epoch")
+    batch: int = key(256, "images per evaluation batch")
+    headline: str = key("ema", "which weights the plain eval/* names report", ("ema", "raw"))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = key(0, "updates between checkpoints; 0 = each epoch")
+    keep: int = key(2, "how many step checkpoints stay on disk besides the best one")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = key(50, "updates between log lines; device counters are read only then")
+    trackers: Any = key(["tensorboard"], "Accelerate trackers: tensorboard, wandb; [] for none")
+    project: str = key("fastssl", "tracker project name")
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """The method's name beside its own Config; written flat in YAML: ``method: {name: fixmatch, threshold: 0.95}``."""
+
+    name: str
+    config: Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    method: MethodSpec
+    name: str = key("run", "name of the run folder under runs_dir")
+    title: str = key("", "one line for lists and reports")
+    seed: int = key(0, "seeds weights, data order and every augmentation number")
+    runs_dir: str = key("runs", "where run folders are made")
+    data: DataConfig = key(DataConfig, "")
+    augment: AugmentConfig = key(AugmentConfig, "")
+    model: ModelConfig = key(ModelConfig, "")
+    batchnorm: BatchNormConfig = key(BatchNormConfig, "")
+    teacher: TeacherConfig = key(TeacherConfig, "")
+    optim: OptimConfig = key(OptimConfig, "")
+    schedule: ScheduleConfig = key(ScheduleConfig, "")
+    train: TrainConfig = key(TrainConfig, "")
+    eval: EvalConfig = key(EvalConfig, "")
+    checkpoint: CheckpointConfig = key(CheckpointConfig, "")
+    log: LogConfig = key(LogConfig, "")
+
+
+Origin = Literal["default", "recipe", "extends", "command line"]
