@@ -43,12 +43,18 @@ class RawBatch:
         def make(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device, pin_memory=pin)
 
-        ids = [make(batch, dtype=torch.int64).fill_(-1) for _ in range(5)]
+        def ids() -> Tensor:
+            return make(batch, dtype=torch.int64).fill_(-1)
+
         return cls(
-            make(batch, height, width, channels, dtype=torch.uint8),
-            make(batch, 2, dtype=torch.int32).zero_(),
-            *ids,
-            make(batch, dtype=torch.bool).zero_(),
+            pixels_BHWC=make(batch, height, width, channels, dtype=torch.uint8),
+            extent_B2=make(batch, 2, dtype=torch.int32).zero_(),
+            row_B=ids(),
+            index_B=ids(),
+            draw_B=ids(),
+            label_B=ids(),
+            truth_B=ids(),
+            is_labeled_B=make(batch, dtype=torch.bool).zero_(),
         )
 
     def __len__(self) -> int:
