@@ -1,0 +1,72 @@
+"""Policies: names, lists, defaults, and errors that name the nearest valid word."""
+
+import pytest
+
+from fastssl.augment import POLICIES, build_policy, check_backend
+from fastssl.errors import RecipeError
+
+STATS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+
+
+def build(spec, **changes):
+    return build_policy(spec, **{"size": 32, "channels": 3, **STATS, **changes})
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_named_policies_survive_a_round_trip(name):
+    policy = build(name)
+    assert hash(policy) == hash(build(name)) and policy == build(name)
+    data = policy.to_dict()
+    again = build(data["laws"])
+    assert again.laws == policy.laws and again.to_dict() == {**data, "name": "custom"}
+
+
+def test_the_fixmatch_policies_say_what_the_paper_says():
+    weak = [{"flip": {"p": 0.5}}, {"pad_crop": {"pad": 4, "mode": "reflect", "fill": 0}}]
+    assert build("fixmatch_weak").to_dict()["laws"] == weak
+    strong = [{"randaugment": {"space": "mc", "n": 2, "p": 0.5}}, {"cutout": {"side": 16, "fill": 127}}]
+    assert build("fixmatch_strong").to_dict()["laws"] == weak + strong
+    assert "flip" not in str(build("digits_strong").to_dict()["laws"])
+
+
+def test_lists_take_names_and_defaults():
+    assert build(["flip", {"pad_crop": None}]).laws == build("fixmatch_weak").laws
+    assert [law.name for law in build(["flip"]).laws] == ["center", "flip"], "a policy without a crop is fitted first"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("fixmatch_stong", r"unknown augmentation policy 'fixmatch_stong' \(did you mean 'fixmatch_strong'\?\)"),
+        ([{"flipp": {}}], r"law 1: unknown law 'flipp' \(did you mean 'flip'\?\)"),
+        (["flip", {"pad_crop": {"pads": 4}}], r"law 2: law 'pad_crop' has no option 'pads' \(did you mean 'pad'\?\)"),
+        ([{"flip": {"p": 1.5}}], r"flip.p takes a probability 0..1, got 1.5"),
+        ([{"flip": {"p": True}}], "flip.p takes a probability"),
+        ([{"cutout": {"side": 15}}], "even number"),
+        ([{"randaugment": {"space": "cm"}}], "one of mc, imagenet, torchssl, timm"),
+        ([{"flip": {}, "cutout": {}}], "each law is"),
+        ([{"flip": 0.5}], "must be a mapping"),
+        (["center", "pad_crop"], "crops 2 times"),
+        (5, "is a name"),
+    ],
+)
+def test_mistakes_are_named(spec, message):
+    with pytest.raises(RecipeError, match=message):
+        build(spec)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"channels": 4, "mean": (0.5,) * 4, "std": (0.5,) * 4}, {"std": (0.0, 1, 1)}, {"mean": (0.5,)}, {"size": 0}, {"size": 2.5}],
+)
+def test_impossible_views_are_refused(changes):
+    with pytest.raises(RecipeError):
+        build("plain", **changes)
+
+
+def test_a_backend_that_lacks_a_law_refuses():
+    assert check_backend(build("plain"), "auto") == "reference"
+    with pytest.raises(RecipeError, match="not built yet for policy 'fixmatch_strong'.*reference"):
+        check_backend(build("fixmatch_strong"), "triton")
+    with pytest.raises(RecipeError, match="did you mean 'triton'"):
+        check_backend(build("plain"), "trition")

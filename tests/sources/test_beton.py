@@ -1,0 +1,141 @@
+"""The .beton layout: files of our writer and files put together by hand here, whole and damaged."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_tools.beton_writer import BetonWriter
+from data_tools.readers import Picture
+from fastssl.errors import DataError
+from fastssl.sources.beton import ALLOCATION, FIELD, HEADER, MODE_RAW, open_beton, record_dtype
+
+
+def handmade(path, images, labels=None, *, fields=((2, b"image"), (1, b"label")), version=2):
+    """A beton with raw images packed after the tables (foreign writers may order allocations and fields as they like)."""
+    record = record_dtype([type_id for type_id, _ in fields])
+    start = 1 << 21
+    header, table = np.zeros(1, HEADER), np.zeros(len(fields), FIELD)
+    records, allocations = np.zeros(len(images), record), np.zeros(len(images), ALLOCATION)
+    for entry, (type_id, name) in zip(table, fields, strict=True):
+        entry["type_id"] = type_id
+        entry["name"][: len(name)] = list(name)
+    blob = b""
+    for i, image in enumerate(images):
+        address = start + len(blob)
+        for place, (type_id, name) in enumerate(fields):
+            if type_id == 2:
+                records[f"f{place}"][i] = (MODE_RAW, image.shape[1], image.shape[0], address)
+            elif name == b"label":
+                records[f"f{place}"][i] = labels[i]
+        allocations[i] = (i, address, image.nbytes)
+        blob += image.tobytes()
+    header[0] = (version, len(fields), start, len(images), start + len(blob))
+    head = header.tobytes() + table.tobytes() + records.tobytes()
+    path.write_bytes(head.ljust(start, b"\0") + blob + allocations[::-1].tobytes())
+    return path
+
+
+IMAGES = [np.full((2, 3, 3), i, np.uint8) for i in range(5)]
+
+
+def test_sizes_of_the_layout_are_ffcvs():
+    assert (HEADER.itemsize, FIELD.itemsize, ALLOCATION.itemsize) == (24, 1041, 24)
+    assert record_dtype([2, 1]).itemsize == 24 and record_dtype([2, 1]).fields["f1"][1] == 16
+
+
+def test_reads_a_foreign_file(tmp_path):
+    beton = open_beton(handmade(tmp_path / "a.beton", IMAGES, [4, 3, 2, 1, 0]))
+    assert beton.num_rows == 5 and beton.field_names == ("image", "label")
+    assert beton.labels_N.tolist() == [4, 3, 2, 1, 0]
+    assert beton.size_N.tolist() == [18] * 5
+    assert all((beton.data[p : p + s] == i).all() for i, (p, s) in enumerate(zip(beton.ptr_N, beton.size_N, strict=True)))
+
+
+def test_label_field_is_found_by_name_among_other_fields(tmp_path):
+    fields = ((0, b"weight"), (1, b"index"), (2, b"photo"), (3, b"note"), (1, b"label"))
+    beton = open_beton(handmade(tmp_path / "a.beton", IMAGES, [1, 1, 0, 2, 2], fields=fields))
+    assert beton.labels_N.tolist() == [1, 1, 0, 2, 2]
+
+
+def test_file_without_labels(tmp_path):
+    assert open_beton(handmade(tmp_path / "a.beton", IMAGES, fields=((2, b"image"),))).labels_N is None
+
+
+def test_file_without_images_and_file_with_a_custom_field(tmp_path):
+    with pytest.raises(DataError, match="image field"):
+        open_beton(handmade(tmp_path / "a.beton", IMAGES, [0] * 5, fields=((1, b"label"),)))
+    data = bytearray(handmade(tmp_path / "b.beton", IMAGES, [0] * 5).read_bytes())
+    data[HEADER.itemsize + FIELD.itemsize] = 255  # FFCV's number for a field type that only its author can read
+    (tmp_path / "b.beton").write_bytes(data)
+    with pytest.raises(DataError, match="'label': 255"):
+        open_beton(tmp_path / "b.beton")
+
+
+def test_other_version_missing_file_and_empty_file(tmp_path):
+    with pytest.raises(DataError, match="version 3"):
+        open_beton(handmade(tmp_path / "a.beton", IMAGES, [0] * 5, version=3))
+    with pytest.raises(DataError, match="cannot be opened"):
+        open_beton(tmp_path / "none.beton")
+    (tmp_path / "empty.beton").write_bytes(b"")
+    with pytest.raises(DataError, match="too short"):
+        open_beton(tmp_path / "empty.beton")
+
+
+def test_noise_is_not_a_beton(tmp_path):
+    (tmp_path / "noise.beton").write_bytes(np.random.RandomState(0).bytes(5000))
+    with pytest.raises(DataError, match="not a .beton"):
+        open_beton(tmp_path / "noise.beton")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return handmade(tmp_path_factory.mktemp("beton") / "a.beton", IMAGES, [0] * 5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(share=st.floats(0, 0.999999))
+def test_every_truncation_is_noticed(whole, share):
+    data = whole.read_bytes()
+    cut = whole.with_name("cut.beton")
+    cut.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(DataError):
+        open_beton(cut)
+
+
+@pytest.mark.parametrize("field, value, match", [("mode", 7, "row 2"), ("height", 0, "row 2"), ("width", 9, "row 2"), ("data_ptr", 5, "row 2 points")])
+def test_damaged_record_is_located(whole, field, value, match):
+    data = bytearray(whole.read_bytes())
+    record = record_dtype([2, 1])
+    records = np.frombuffer(data, record, count=5, offset=HEADER.itemsize + 2 * FIELD.itemsize)
+    records["f0"][field][2] = value
+    damaged = whole.with_name("damaged.beton")
+    damaged.write_bytes(data)
+    with pytest.raises(DataError, match=match):
+        open_beton(damaged)
+
+
+def test_writer_starts_a_new_page_when_an_image_does_not_fit(tmp_path):
+    side = 800  # 1.92 MB: one image fills most of a 2 MiB page
+    random = np.random.RandomState(0)
+    images = [random.randint(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(3)]
+    writer = BetonWriter(tmp_path, "train", 3, np.full((3, 2), side), mode="raw")
+    for label, image in enumerate(images):
+        writer.add(Picture(image), label)
+    writer.finish()
+    beton = open_beton(tmp_path / "train.beton")
+    first, last = beton.ptr_N // beton.page_size, (beton.ptr_N + beton.size_N - 1) // beton.page_size
+    assert (first == last).all() and len(set(first.tolist())) == 3
+    for image, start, size in zip(images, beton.ptr_N, beton.size_N, strict=True):
+        assert beton.data[start : start + size].tobytes() == image.tobytes()
+
+
+def test_writer_takes_larger_pages_for_larger_images_and_refuses_impossible_ones(tmp_path):
+    writer = BetonWriter(tmp_path, "big", 1, np.asarray([[1000, 1000]]), mode="raw")
+    writer.add(Picture(np.zeros((1000, 1000, 3), np.uint8)), 0)
+    writer.finish()
+    assert open_beton(tmp_path / "big.beton").page_size == 1 << 22
+    with pytest.raises(DataError, match="too large"):
+        BetonWriter(tmp_path, "huge", 1, np.asarray([[70000, 10]]))
+    with pytest.raises(DataError, match="page"):
+        BetonWriter(tmp_path, "huge", 1, np.asarray([[60000, 60000]]))
