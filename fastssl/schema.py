@@ -25,7 +25,7 @@ class DataConfig:
     path: str = key("", "converted dataset folder (the one that holds dataset.json)")
     source: str = key("auto", "who delivers canvases; auto = the dataset folder's own format", ("auto", "arrays", "ffcv", "dali"))
     split: str = key("", "label split: a name in <path>/splits/ or a path to a split .json")
-    eval_on: str = key("test", "what evaluation measures: the official test split, or the validation rows that the label split holds out of train", ("test", "validation"))
+    eval_on: str = key("test", "evaluate on the official test split, or on the validation rows that the label split holds out of train", ("test", "validation"))
     labeled_batch: int = key(64, "labelled images per update")
     unlabeled_batch: int = key(448, "unlabelled images per update; ignored by methods that read none")
     include_labeled: bool = key(True, "the unlabelled stream also contains the labelled rows (FixMatch paper: yes; TLlib: no)")
@@ -33,7 +33,7 @@ class DataConfig:
     unlabeled_law: str = key("shuffle", "order law of the unlabelled stream")
     ahead: int = key(3, "steps that are read ahead of the trainer")
     workers: int = key(0, "decoding threads per process; 0 = cores divided by processes, at most 8")
-    device_resident: str = key("auto", "arrays only: keep the whole dataset on the device; auto = on CUDA when it takes less than a quarter of the memory", ("auto", "yes", "no"))
+    device_resident: str = key("auto", "arrays: keep the dataset on the device; auto = on CUDA if a quarter of its memory is enough", ("auto", "yes", "no"))
     stall_timeout_s: float = key(120.0, "seconds without data after which the feed gives up with an error")
 
 
@@ -66,8 +66,10 @@ class BatchNormConfig:
 class TeacherConfig:
     enabled: bool = key(True, "keep an exponential moving average of the student")
     momentum: float = key(0.999, "weight of the old average")
-    momentum_law: str = key("constant", "constant; warmup = min(momentum, 1 - 1/k) at update k; cosine = SimMatchV2's ramp to 1", ("constant", "warmup", "cosine"))
-    buffers: str = key("copy", "BatchNorm statistics of the teacher: leave, copy from the student, average (EMAN), copy_matching", ("leave", "copy", "average", "copy_matching"))
+    momentum_law: str = key("constant", "constant; warmup = min(momentum, 1 - 1/k) at update k; cosine = ramp to 1", ("constant", "warmup", "cosine"))
+    buffers: str = key(
+        "copy", "BatchNorm statistics of the teacher: leave, copy the student's, average (EMAN), copy_matching", ("leave", "copy", "average", "copy_matching")
+    )
     buffers_matching: str = key("", "regular expression on buffer names for copy_matching")
     when: str = key("after_step", "when the average moves", ("after_step", "before_forward", "by_method"))
     mode: str = key("eval", "mode in which a method's teacher forward runs", ("train", "eval"))

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastssl.types import Batch, HeadSpec, Loss, Out, Task, View, Views
+from fastssl.types import Batch, HeadSpec, Loss, Task, View, Views
 
 Forward = Callable[..., Any]
 """``student(a)`` -> Out; ``student(a, b)`` -> (Out, Out) from ONE joint forward (one BatchNorm batch); separate calls = separate statistics."""
