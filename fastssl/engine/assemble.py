@@ -1,0 +1,174 @@
+"""From a recipe to the parts of a run: data streams, policies, task, network, method. Pure construction; no folder is written, no step taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastssl.augment import build_policy, check_backend
+from fastssl.engine.launch import cores_per_process
+from fastssl.engine.scoring import Evaluator
+from fastssl.errors import DataError, RecipeError
+from fastssl.methods import get as get_method
+from fastssl.methods.base import Method
+from fastssl.models.zoo import build_network
+from fastssl.schema import Recipe
+from fastssl.sources.base import open_source
+from fastssl.sources.feed import Stream
+from fastssl.sources.manifest import LabelSplit, Manifest, load_manifest, load_split
+from fastssl.sources.order import parse_order
+from fastssl.types import Task, View
+
+SLOTS = ("weak", "strong", "eval")  # the policies a recipe has
+MAX_WORKERS = 8
+RESIDENT_SHARE = 0.25  # of the device's memory that a dataset may take under data.device_resident: auto
+
+
+@dataclass
+class Data:
+    """An opened dataset with its label split."""
+
+    manifest: Manifest
+    split: LabelSplit
+    source: Any  # of the train rows
+    unlabeled_rows: np.ndarray  # rows of the unlabelled stream, int64
+    device: torch.device
+
+    @property
+    def labels_N(self) -> np.ndarray:
+        return self.source.labels_N
+
+    @property
+    def channels(self) -> int:
+        return self.source.canvas[2]
+
+
+def workers_of(recipe: Recipe) -> int:
+    """Decoding threads of this process."""
+    return recipe.data.workers or min(MAX_WORKERS, cores_per_process())
+
+
+def open_data(recipe: Recipe, device: torch.device) -> Data:
+    """Open the dataset folder and the label split of a recipe. Raises :class:`DataError` / :class:`RecipeError` for what cannot be trained on."""
+    for name in ("path", "split"):
+        if not getattr(recipe.data, name):
+            raise RecipeError(f"data.{name} is empty; name {'a converted dataset folder' if name == 'path' else 'a label split of the dataset'}")
+    manifest = load_manifest(recipe.data.path)
+    split = load_split(manifest, recipe.data.split)
+    if len(split.labeled) == 0:
+        raise DataError(f"label split {split.name!r} has no labeled rows; there is nothing to learn classes from")
+    unlabeled = np.sort(np.concatenate([split.labeled, split.unlabeled])) if recipe.data.include_labeled else np.asarray(split.unlabeled)
+    source = open_rows(recipe, manifest, split.of, device)
+    return Data(manifest, split, source, unlabeled.astype(np.int64), device)
+
+
+def open_rows(recipe: Recipe, manifest: Manifest, split: str, device: torch.device) -> Any:
+    """A source of one dataset split, kept on the device where ``data.device_resident`` says so."""
+    wish = recipe.data.device_resident
+    info = manifest.split(split)
+    size = info.count * info.max_height * info.max_width * manifest.channels
+    fits = device.type == "cuda" and manifest.format == "arrays" and size < torch.cuda.get_device_properties(device).total_memory * RESIDENT_SHARE
+    resident = device if wish == "yes" or (wish == "auto" and fits) else None
+    return open_source(recipe.data.path, split, kind=recipe.data.source, workers=workers_of(recipe), device=resident)
+
+
+def build_task(recipe: Recipe, data: Data) -> Task:
+    """The sizes that a method may depend on."""
+    classes = len(data.manifest.classes)
+    counts = np.bincount(data.labels_N[data.split.labeled], minlength=classes)
+    return Task(
+        num_classes=classes,
+        num_labeled=len(data.split.labeled),
+        num_unlabeled=len(data.unlabeled_rows),
+        labeled_class_counts=tuple(int(n) for n in counts),
+        labeled_batch=recipe.data.labeled_batch,
+        unlabeled_batch=recipe.data.unlabeled_batch,
+        total_steps=recipe.train.steps,
+        steps_per_epoch=recipe.train.steps_per_epoch,
+    )
+
+
+def build_streams(recipe: Recipe, data: Data, *, unlabeled: bool) -> list[Stream]:
+    """The labelled stream and, for methods that read it, the unlabelled one. Hidden labels go to ``truth_N`` only."""
+    labels_N, labeled = data.labels_N, np.asarray(data.split.labeled, dtype=np.int64)
+    d = recipe.data
+    truth_N = labels_N[labeled]
+    order = parse_order(d.labeled_law, length=len(labeled), seed=recipe.seed, batch=d.labeled_batch, stream="labeled")
+    streams = [Stream("labeled", data.source, labeled, truth_N, truth_N, np.ones(len(labeled), dtype=bool), order, d.labeled_batch)]
+    if unlabeled:
+        rows = data.unlabeled_rows
+        if len(rows) == 0:
+            raise DataError(f"label split {data.split.name!r} leaves no unlabeled rows; use data.include_labeled=true or another split")
+        order = parse_order(d.unlabeled_law, length=len(rows), seed=recipe.seed, batch=d.unlabeled_batch, stream="unlabeled")
+        unknown = np.full(len(rows), -1, dtype=np.int64)
+        streams.append(Stream("unlabeled", data.source, rows, unknown, labels_N[rows], np.isin(rows, labeled), order, d.unlabeled_batch))
+    return streams
+
+
+def build_slot(recipe: Recipe, slot: str, manifest: Manifest, channels: int, size: int | None = None) -> Any:
+    """The compiled policy of a recipe slot ("weak", "strong", "eval") at ``size`` pixels (default: the recipe's)."""
+    if slot not in SLOTS:
+        raise RecipeError(f"the method asks for a view policy {slot!r}; a recipe has {', '.join(SLOTS)}")
+    a = recipe.augment
+    mean, std = (list(measured) if wish == "dataset" else list(wish) for wish, measured in ((a.mean, manifest.mean), (a.std, manifest.std)))
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise RecipeError(f"augment.{key} has {len(values)} numbers, but the images have {channels} channel(s)")
+    policy = build_policy(getattr(a, slot), size=size or a.size, channels=channels, mean=mean, std=std)
+    check_backend(policy, a.backend)
+    return policy
+
+
+def build_view_policies(recipe: Recipe, views: Mapping[str, View], manifest: Manifest, channels: int) -> dict[str, Any]:
+    """View name -> its compiled policy."""
+    return {name: build_slot(recipe, view.policy, manifest, channels, view.size) for name, view in views.items()}
+
+
+def build_network_and_method(recipe: Recipe, manifest: Manifest, channels: int, task: Task, world: int) -> tuple[nn.Module, Method]:
+    """The student network (with the heads its method declares) and the method, on the CPU. Draws weights from torch's current seed."""
+    method_class, config = get_method(recipe.method.name), recipe.method.config
+    network = build_network(
+        recipe.model,
+        in_channels=channels,
+        num_classes=task.num_classes,
+        heads=method_class.heads(config, task),
+        batchnorm=recipe.batchnorm,
+        world=world,
+    )
+    return network, method_class(config, task)
+
+
+def build_evaluator(recipe: Recipe, manifest: Manifest, split: LabelSplit | None, rows_of: str, channels: int, device: torch.device) -> Evaluator:
+    """Evaluation on ``rows_of``: "validation" (train rows that the label split holds out) or the name of a split of the dataset folder."""
+    if rows_of == "validation":
+        if split is None or len(split.validation) == 0:
+            raise DataError("evaluation on 'validation': the label split holds out no validation rows; use data.eval_on=test or a split with validation rows")
+        dataset_split, rows_N = split.of, np.asarray(split.validation, dtype=np.int64)
+    else:
+        if rows_of not in manifest.splits:
+            have = ", ".join(sorted(manifest.splits))
+            raise DataError(f"the dataset has no split {rows_of!r}; it has {have} (and 'validation' if the label split holds rows out)")
+        dataset_split, rows_N = rows_of, None
+    source = open_rows(recipe, manifest, dataset_split, device)
+    if rows_N is None:
+        rows_N = np.arange(source.num_rows, dtype=np.int64)
+    if len(rows_N) == 0:
+        raise DataError(f"nothing to evaluate: {rows_of!r} has no rows")
+    return Evaluator(
+        source,
+        rows_N,
+        source.labels_N[rows_N],
+        build_slot(recipe, "eval", manifest, channels),
+        size=recipe.augment.size,
+        channels=channels,
+        num_classes=len(manifest.classes),
+        batch=recipe.eval.batch,
+        seed=recipe.seed,
+        backend=recipe.augment.backend,
+        stall_timeout_s=recipe.data.stall_timeout_s,
+    )
