@@ -66,6 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     report = verb("report", _report, "write one self-contained HTML page about runs", "fastssl report runs/demo/* --out demo.html")
     report.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or folders that hold run folders; several are compared")
     report.add_argument("--out", metavar="FILE", help="page to write (default: report.html in the folder of the run, or of all runs)")
+    report.add_argument("--title", help="headline of the page")
+    report.add_argument("--views", metavar="PNG", nargs="+", default=[], help="pictures of views to show besides the runs' own")
 
     views = takes_recipe(verb("views", _views, "write a picture of the views that the method sees", "fastssl views cifar10/fixmatch_4000 --out views.png"))
     views.add_argument("--rows", type=_positive, default=8, help="images on the sheet (default: 8)")
@@ -152,7 +154,8 @@ def _eval(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from fastssl.report import write_report
 
-    print(write_report([Path(run) for run in args.runs], Path(args.out) if args.out else None))
+    out = Path(args.out) if args.out else None
+    print(write_report([Path(run) for run in args.runs], out, title=args.title, views=[Path(picture) for picture in args.views]))
     return 0
 
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,10 +38,10 @@ def recipes(dataset: str) -> dict[str, Path]:
     return {method: HERE / f"{dataset}_{method}.yaml" for method in ("erm", "fixmatch")}
 
 
-CPU = Plan("fashion_mnist", "demo_40", 4, recipes("fashion"), (1, 2, 3), "no GPU found: Fashion-MNIST, 40 labels, a small ResNet")
+CPU = Plan("mnist", "demo_40", 4, recipes("mnist"), (1, 2, 3), "no GPU found: MNIST, 40 labels, a small ResNet")
 GPU = Plan("cifar10", "demo_250", 25, recipes("cifar10"), (1,), "GPU found: CIFAR-10, 250 labels, WRN-28-2")
 VALIDATION_ROWS = 5000
-DATASETS = ("cifar10", "fashion_mnist")
+DATASETS = ("cifar10", "mnist")
 
 
 def say(text: str) -> None:
@@ -67,7 +67,7 @@ def fastssl(*words: object) -> None:
     call(sys.executable, "-m", "fastssl", *words)
 
 
-def prepare_data(data: Path, plan: Plan) -> None:
+def prepare_data(data: Path) -> None:
     say("fetch and convert (each image is decoded and stored once; later runs reuse it)")
     for name in DATASETS:
         fastssl_data("fetch", name, data / "raw" / name)
@@ -78,10 +78,11 @@ def prepare_data(data: Path, plan: Plan) -> None:
             else:
                 fastssl_data("convert", data / "raw" / name, folder, "--format", format, "--name", name)
             fastssl_data("verify", folder)
-    say(f"label split: {plan.per_class} labels per class, {VALIDATION_ROWS} training images held out for choosing settings")
-    folder = data / plan.dataset
-    if not (folder / "splits" / f"{plan.split}.json").exists():
-        fastssl_data("split", folder, "--name", plan.split, "--per-class", plan.per_class, "--seed", 0, "--validation", VALIDATION_ROWS)
+    say(f"label splits; {VALIDATION_ROWS} training images are held out for choosing settings")
+    for each in (CPU, GPU):
+        folder = data / each.dataset
+        if not (folder / "splits" / f"{each.split}.json").exists():
+            fastssl_data("split", folder, "--name", each.split, "--per-class", each.per_class, "--seed", 0, "--validation", VALIDATION_ROWS)
 
 
 def train_all(data: Path, runs: Path, plan: Plan, overrides: list[str], processes: int) -> dict[str, list[Path]]:
@@ -157,17 +158,18 @@ def main() -> int:
     plan = CPU if args.cpu or not torch.cuda.is_available() else GPU
     overrides = ["train.steps=8", "train.steps_per_epoch=4", "log.every=2"] if args.quick else []
     seeds = tuple(args.seeds or (plan.seeds[:1] if args.quick else plan.seeds))
-    plan = Plan(plan.dataset, plan.split, plan.per_class, plan.recipes, seeds, plan.note)
+    plan = replace(plan, seeds=seeds)
     out = args.runs / "demo"
     say(plan.note)
     fastssl("doctor")
-    prepare_data(args.data, plan)
+    prepare_data(args.data)
 
-    say("what the networks will see (views of CIFAR-10 and of the training set)")
+    say("pictures of the weak and strong views")
     out.mkdir(parents=True, exist_ok=True)
-    sheets = [out / "views-cifar10.png", out / f"views-{plan.dataset}.png"]
-    fastssl("views", HERE / "cifar10_fixmatch.yaml", f"data.path={args.data / 'cifar10'}", "data.split=", "--out", sheets[0])
-    fastssl("views", plan.recipes["fixmatch"], f"data.path={args.data / plan.dataset}", f"data.split={plan.split}", "--out", sheets[1])
+    sheets = []
+    for each in (CPU, GPU):
+        sheets.append(out / f"views-{each.dataset}.png")
+        fastssl("views", each.recipes["fixmatch"], f"data.path={args.data / each.dataset}", f"data.split={each.split}", "--out", sheets[-1])
 
     start = time.monotonic()
     folders = train_all(args.data, args.runs, plan, overrides, args.processes)
@@ -180,7 +182,8 @@ def main() -> int:
     temporary.replace(summary)
 
     say("report")
-    fastssl("report", *[p for paths in folders.values() for p in paths], "--out", out / "report.html", *[w for s in sheets for w in ("--sheet", s)])
+    runs = [path for paths in folders.values() for path in paths]
+    fastssl("report", *runs, "--out", out / "report.html", "--title", f"fastssl demo: {plan.dataset}, {plan.split}", "--views", *sheets)
     print_table(table, seconds)
     print(f"\nruns     {out}\nsummary  {summary}\nreport   {out / 'report.html'}")
     erm, fixmatch = (float(str(table[m]["accuracy_mean"])) for m in ("erm", "fixmatch"))
