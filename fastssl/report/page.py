@@ -62,7 +62,7 @@ def render_page(groups: Sequence[Group], *, title: str | None, extra_sections: S
     add(("pseudo", "Pseudo-labels", _plots(groups, _pseudo(groups), "Accuracy is judged against labels that training never sees.")))
     add(("classes", "Classes", _classes(groups)))
     add(("time", "Time", _time(groups, runs)))
-    add(("views", "Views", _sheets(runs, views)))
+    add(("views", "Views", _sheets(groups, views)))
     sections += [(f"extra-{k}", escape(heading), body) for k, (heading, body) in enumerate(extra_sections)]
     diff = tables.settings_diff(groups)
     note = '<p class="note">Only the keys that differ; several values in one cell follow the order of the runs above.</p>' if diff else ""
@@ -245,10 +245,12 @@ def _time(groups: Sequence[Group], runs: Sequence[Run]) -> str:
     return split + _plots(groups, [rate, wait])
 
 
-def _sheets(runs: Sequence[Run], views: Sequence[Path]) -> str:
-    """Contact sheets as data URLs; sheets of several runs with equal content are shown once."""
-    sheets = [(path, f"{run.label}: {path.stem}") for run in runs for path in sorted(run.path.glob("views*.png"))]
-    sheets += [(path, path.stem) for path in views]
+def _sheets(groups: Sequence[Group], views: Sequence[Path]) -> str:
+    """Contact sheets as data URLs: the named ones, then those of each group's first run that has any (other seeds draw from the same laws)."""
+    sheets = [(path, path.stem) for path in views]
+    for group in groups:
+        own = ([(path, f"{run.label}: {path.stem}") for path in sorted(run.path.glob("views*.png"))] for run in group.runs)
+        sheets += next(filter(None, own), [])
     out: dict[bytes, str] = {}
     for path, caption in sheets:
         try:
