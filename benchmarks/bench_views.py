@@ -125,7 +125,7 @@ def main() -> None:
         print(f"{row['policy']:18s}{row['fastssl_views_per_s']:>18,}{row['pil_views_per_s']:>14,}{span:>24s}")
     result = {
         "benchmark": "views per second on one CPU core, 32x32x3, batch " + str(args.batch),
-        "command": "python benchmarks/bench_views.py" + "".join(" " + a for a in sys.argv[1:] if not a.startswith("/")),
+        "command": f"python benchmarks/bench_views.py --batch {args.batch}" + " --quick" * args.quick,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
         "machine": host,

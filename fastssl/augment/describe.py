@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastssl.augment.ops import OPS, SPACES, argument
 from fastssl.augment.plan import Plan
-from fastssl.augment.policy import CROPS, Policy
+from fastssl.augment.policy import CROPS, Policy, resized_to
 
 
 def _op(op: str, a: float) -> str:
@@ -25,7 +25,7 @@ def describe(policy: Policy, plan: Plan, row: int) -> str:
     Crop offsets are (x, y) shifts of the window against the unpadded image.  "unchanged" when nothing was drawn.  Reads the plan on the host.
     """
     words: list[str] = []
-    bound = 1 << 31  # last row and column of the image, known once it is cropped
+    bottom = right = 1 << 31  # last row and column of the image, known once it is resized or cropped
     for law, drawn in zip(policy.laws, plan.rows(slice(row, row + 1)).laws, strict=True):
         if law.name == "flip" and bool(drawn["flip"]):
             words.append("flip")
@@ -38,8 +38,10 @@ def describe(policy: Policy, plan: Plan, row: int) -> str:
                 words.append(_op(OPS[code], value) if applied and OPS[code] != "Identity" else "")
         elif law.name in ("cutout", "cutout_fraction"):
             y0, x0, y1, x1 = drawn["box"][0].tolist()
-            y1, x1 = min(y1, bound), min(x1, bound)
+            y1, x1 = min(y1, bottom), min(x1, right)
             words.append(f"cutout {x1 - x0 + 1}x{y1 - y0 + 1}" if y1 >= y0 else "")
         if law.name in CROPS:
-            bound = policy.size - 1
+            bottom = right = policy.size - 1
+        elif law.name == "resize":
+            bottom, right = (side - 1 for side in resized_to(law, policy.size))
     return ", ".join(w for w in words if w) or "unchanged"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastssl.augment import philox
 from fastssl.augment.ops import NORMAL_TABLE, SPACES, tables
-from fastssl.augment.policy import Law, Policy
+from fastssl.augment.policy import CROPS, Law, Policy, resized_to
 
 
 @dataclass
@@ -45,7 +45,7 @@ def words_needed(law: Law) -> int:
     """How many 32-bit words of a row the law takes."""
     if law.name == "randaugment":
         return 4 * law["n"]
-    return {"center": 0, "flip": 1, "pad_crop": 2, "cutout": 2, "cutout_fraction": 3}[law.name]
+    return {"resize": 0, "center": 0, "flip": 1, "pad_crop": 2, "cutout": 2, "cutout_fraction": 3}[law.name]
 
 
 def _randaugment(law: Law, word: Tensor) -> dict[str, Tensor]:
@@ -105,6 +105,9 @@ def draw(policy: Policy, *, seed: int, stream: int, view: int, draw_B: Tensor, e
         elif law.name == "cutout_fraction":
             drawn = cutout_fraction_box(law, mine, extent)
         laws.append(drawn)
-        if law.name in ("center", "pad_crop"):
+        if law.name in CROPS:
             extent = torch.full_like(extent, policy.size)
+        elif law.name == "resize":
+            height, width = resized_to(law, policy.size)
+            extent = torch.stack([torch.full_like(extent[:, 0], height), torch.full_like(extent[:, 1], width)], 1)
     return Plan(tuple(laws))

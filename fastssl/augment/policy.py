@@ -38,7 +38,11 @@ def _colour(v: Any) -> bool:
 
 _COLOUR = "a grey level 0..255 or three of them"
 PROBABILITY = "a probability 0..1"
+_SIDE = Option(None, "a whole number of pixels 1..4096, or null for the view's side", lambda v: v is None or _whole(1, 4096)(v))
 LAWS: dict[str, dict[str, Option]] = {
+    # Resize the whole image to height x width pixels, or size x size (default: the view's size), whatever its aspect ratio: Pillow's antialiased
+    # filter. Comes before the crop; where it leaves a size other than the view's and no crop follows, `center` does. Draws nothing.
+    "resize": {"size": _SIDE, "height": _SIDE, "width": _SIDE, "mode": Option("bicubic", "bilinear or bicubic", _choice("bilinear", "bicubic"))},
     # Place the image in the middle of the size x size view; crop what is larger, fill around what is smaller. Draws nothing.
     "center": {"fill": Option(0, _COLOUR, _colour)},
     # Mirror left-right with probability p.
@@ -56,7 +60,8 @@ LAWS: dict[str, dict[str, Option]] = {
         "p": Option(0.5, PROBABILITY, _number(0, 1)),
     },
     # A filled square of `side` + 1 pixels (its end is included, as published): centre x ~ U(0, W), x0 = trunc(max(0, x - side / 2)),
-    # x1 = trunc(min(W, x0 + side)); near the left and top edges the square is shifted, at the others cut.
+    # x1 = trunc(min(W, x0 + side)); near the left and top edges the square is shifted, at the others cut. The law is meant for images of twice the
+    # side or more: with side >= image (16 on digits of 16 pixels or less) it covers most of the image and often all of it; give a smaller side there.
     "cutout": {
         "side": Option(16, "an even number of pixels 2..1024", lambda v: _whole(2, 1024)(v) and v % 2 == 0),
         "fill": Option(127, _COLOUR, _colour),
@@ -83,6 +88,9 @@ POLICIES: dict[str, list[dict[str, Any]]] = {
     "digits_strong": _WEAK[1:] + _STRONG,
     # TorchSSL/USB's strong view: RandAugment(3) and cutout first, then mirror and crop.
     "torchssl_strong": _TORCHSSL + _WEAK,
+    # Evaluation of the transfer-learning library: squash to 256 x 256 and keep the middle (size 224), or enlarge CIFAR to the view (size 224).
+    "tllib_eval": [{"resize": {"size": 256, "mode": "bicubic"}}, {"center": {}}],
+    "tllib_cifar_eval": [{"resize": {"mode": "bicubic"}}],
 }
 
 
@@ -114,6 +122,12 @@ class Policy:
         return {"name": self.name, "laws": laws, "size": self.size, "channels": self.channels, "mean": list(self.mean), "std": list(self.std)}
 
 
+def resized_to(law: Law, size: int) -> tuple[int, int]:
+    """(height, width) in pixels that a ``resize`` law makes of any image, in a policy whose view is ``size`` pixels."""
+    side = law["size"] or size
+    return law["height"] or side, law["width"] or side
+
+
 def _build_law(entry: Any, where: str) -> Law:
     if isinstance(entry, str):
         entry = {entry: {}}
@@ -131,6 +145,10 @@ def _build_law(entry: Any, where: str) -> Law:
             raise RecipeError(f"{where}: law {name!r} has no option {key!r}{nearest(str(key), known)}; its options: {', '.join(known)}")
         if not known[key].check(value):
             raise RecipeError(f"{where}: option {name}.{key} takes {known[key].takes}, got {value!r}")
+    if name == "resize" and (options.get("size") is not None) + (options.get("height") is not None or options.get("width") is not None) > 1:
+        raise RecipeError(f"{where}: resize takes size, or height and width, not both; got {dict(options)!r}")
+    if name == "resize" and (options.get("height") is None) != (options.get("width") is None):
+        raise RecipeError(f"{where}: resize takes height and width together; got {dict(options)!r}")
     merged = {key: options.get(key, option.default) for key, option in known.items()}
     return Law(name, tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in merged.items()))
 
@@ -139,7 +157,9 @@ def build_policy(spec: str | Sequence[Any], *, size: int, channels: int, mean: S
     """A policy from its name in ``POLICIES`` or from a list of ``{law: {option: value}}``.
 
     ``size`` is the side of the square view in pixels, ``channels`` 1 or 3, ``mean`` and ``std`` (> 0) per channel in 0..1.
-    A policy without a crop law starts with ``center``; one with two is refused.  Raises RecipeError naming the nearest valid name.
+    A law is ``{law: {option: value}}``, or its bare name for the defaults.
+    A policy without a crop law gets ``center``, after its last ``resize`` or else first; one with two crops is refused.  Raises RecipeError naming
+    the nearest valid name.
     """
     if isinstance(spec, str):
         if spec not in POLICIES:
@@ -153,8 +173,11 @@ def build_policy(spec: str | Sequence[Any], *, size: int, channels: int, mean: S
     crops = [law.name for law in laws if law.name in CROPS]
     if len(crops) > 1:
         raise RecipeError(f"augmentation policy {name!r} crops {len(crops)} times ({', '.join(crops)}); keep one")
+    resizes = [i for i, law in enumerate(laws) if law.name == "resize"]
     if not crops:
-        laws.insert(0, _build_law("center", name))
+        laws.insert(resizes[-1] + 1 if resizes else 0, _build_law("center", name))
+    elif resizes and any(law.name in CROPS for law in laws[: resizes[-1]]):
+        raise RecipeError(f"augmentation policy {name!r} resizes after {crops[0]}, which has cut the view's pixels already; put resize before it")
     if channels not in (1, 3):
         raise RecipeError(f"augmentation works on images of 1 or 3 channels, got {channels}")
     if not _whole(1, 4096)(size):

@@ -17,7 +17,8 @@ from fastssl.augment import geometry, pixels
 from fastssl.augment.constants import constant
 from fastssl.augment.ops import BLEND, CODE, GEOMETRY, KIND, SPACES, TONE, Space, argument, tables
 from fastssl.augment.plan import Plan
-from fastssl.augment.policy import Law, Policy
+from fastssl.augment.policy import Law, Policy, resized_to
+from fastssl.augment.resize import resize
 from fastssl.errors import DataError
 
 Rows = Tensor | slice
@@ -48,7 +49,14 @@ class _Canvas:
         self.image = pixels_BHWC.permute(0, 3, 1, 2)
         self.owned = False  # whether ``image`` may be written to
         self.policy, self.grouped = policy, grouped
-        self.height, self.width = extent_B2[:, 0].long(), extent_B2[:, 1].long()
+        canvas_H, canvas_W = self.image.shape[2:]
+        if grouped:
+            wrong = ((extent_B2 < 1) | (extent_B2[:, :1] > canvas_H) | (extent_B2[:, 1:] > canvas_W)).any(1).nonzero().flatten().tolist()
+            if wrong:
+                h, w = extent_B2[wrong[0]].tolist()
+                raise DataError(f"row {wrong[0]} of the batch has an extent of {h}x{w} pixels; height must lie in 1..{canvas_H}, width in 1..{canvas_W}")
+        # an accelerator cannot report them without a host read; there they are bounded, so that no index leaves the canvas
+        self.height, self.width = extent_B2[:, 0].long().clamp(1, canvas_H), extent_B2[:, 1].long().clamp(1, canvas_W)
         # whether every pixel of the canvas is image; known without a device read only on the host
         self.full = grouped and bool((self.height == self.image.shape[2]).all() and (self.width == self.image.shape[3]).all())
         self.maps: list[Tensor] | None = None
@@ -122,6 +130,15 @@ def _window(canvas: _Canvas, first_B2: list[Tensor], mode: str, fill: int | tupl
         canvas.fill = canvas.colour(fill)
     canvas.height, canvas.width = (torch.full_like(canvas.height, size) for _ in range(2))
     canvas.full = True
+
+
+def _resize(canvas: _Canvas, law: Law, drawn: dict[str, Tensor]) -> None:
+    if canvas.maps is not None:
+        canvas.flush()
+    height, width = resized_to(law, canvas.policy.size)
+    canvas.image = resize(canvas.image, canvas.height, canvas.width, height, width, law["mode"], canvas.grouped)
+    canvas.height, canvas.width = torch.full_like(canvas.height, height), torch.full_like(canvas.width, width)
+    canvas.full = canvas.owned = True
 
 
 def _center(canvas: _Canvas, law: Law, drawn: dict[str, Tensor]) -> None:
@@ -198,6 +215,7 @@ def _cutout(canvas: _Canvas, law: Law, drawn: dict[str, Tensor]) -> None:
 
 
 LAWS: dict[str, Callable[[_Canvas, Law, dict[str, Tensor]], None]] = {
+    "resize": _resize,
     "center": _center,
     "flip": _flip,
     "pad_crop": _pad_crop,

@@ -59,6 +59,19 @@ def test_a_row_does_not_depend_on_its_batch(spec):
     assert torch.equal(flat(plan_of(order + 100, spec)), whole[order])
 
 
+def test_the_size_of_a_view_moves_its_own_crop_only():
+    """Each law takes a fixed run of a row's words: neither another law's bound nor another view's size can shift them."""
+    extent, position = torch.full((500, 2), 40), torch.arange(500)
+    small, large = (draw(policy(size=size), seed=3, stream=1, view=0, draw_B=position, extent_B2=extent) for size in (32, 40))
+    for law, (a, b) in enumerate(zip(small.laws, large.laws, strict=True)):
+        for key in a:
+            assert law in (1, 3) or torch.equal(a[key], b[key]), key  # offsets and boxes scale with the view
+    assert int(small.laws[1]["y"].max()) == 16 and int(large.laws[1]["y"].max()) == 8
+    resized = draw(policy([{"resize": {"size": 256}}, "flip", "pad_crop"]), seed=3, stream=1, view=0, draw_B=position, extent_B2=extent)
+    assert torch.equal(resized.laws[1]["flip"], small.laws[0]["flip"]), "resize takes no random number"
+    assert int(resized.laws[2]["y"].max()) > 200, "offsets follow the resized image"
+
+
 def test_every_use_of_a_row_and_every_view_and_stream_differs():
     """Five whole-number words and eight more per row: 1000 uses, two streams and two views must not share a plan."""
     plans = torch.cat([flat(plan_of(range(0, 50000, 50), stream=s, view=v)) for s in (0, 1) for v in (0, 1)])

@@ -4,6 +4,7 @@ import pytest
 
 from fastssl.augment import POLICIES, build_policy, check_backend
 from fastssl.errors import RecipeError
+from fastssl.recipe import load_recipe
 
 STATS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 
@@ -31,7 +32,18 @@ def test_the_fixmatch_policies_say_what_the_paper_says():
 
 def test_lists_take_names_and_defaults():
     assert build(["flip", {"pad_crop": None}]).laws == build("fixmatch_weak").laws
+    assert build(["flip", "pad_crop"]).laws == build([{"flip": {}}, {"pad_crop": {}}]).laws == build("fixmatch_weak").laws
     assert [law.name for law in build(["flip"]).laws] == ["center", "flip"], "a policy without a crop is fitted first"
+    assert [law.name for law in build(["resize", "flip"]).laws] == ["resize", "center", "flip"], "but not before it is resized"
+
+
+def test_bare_names_in_a_recipe_mean_the_defaults(tmp_path):
+    text = "method: fixmatch\naugment:\n  weak: [flip, pad_crop]\n  strong: [flip, {pad_crop: {pad: 2}}, randaugment]\n  eval: [resize]\n"
+    (tmp_path / "r.yaml").write_text(text)
+    augment = load_recipe(tmp_path / "r.yaml", []).augment
+    assert build(augment.weak).laws == build("fixmatch_weak").laws
+    assert [law.name for law in build(augment.strong).laws] == ["flip", "pad_crop", "randaugment"] and build(augment.strong).laws[1]["pad"] == 2
+    assert build(augment.eval).laws == build("tllib_cifar_eval").laws
 
 
 @pytest.mark.parametrize(
@@ -47,6 +59,11 @@ def test_lists_take_names_and_defaults():
         ([{"flip": {}, "cutout": {}}], "each law is"),
         ([{"flip": 0.5}], "must be a mapping"),
         (["center", "pad_crop"], "crops 2 times"),
+        (["center", "resize"], "resizes after center.*put resize before it"),
+        ([{"resize": {"size": 8, "height": 8, "width": 8}}], "not both"),
+        ([{"resize": {"height": 8}}], "height and width together"),
+        ([{"resize": {"size": 0}}], "resize.size takes a whole number of pixels 1..4096"),
+        ([{"resize": {"mode": "nearest"}}], "resize.mode takes bilinear or bicubic"),
         (5, "is a name"),
     ],
 )

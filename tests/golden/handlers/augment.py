@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastssl.augment import Plan, build_policy
+from fastssl.augment import Plan, build_policy, render
+from fastssl.augment import plan as plans
 from fastssl.augment.ops import CODE, SPACES, OpLaw, argument
 from fastssl.augment.plan import cutout_box, cutout_fraction_box
 from fastssl.augment.policy import Policy
@@ -25,6 +26,7 @@ RENAMED = {"TranslateXRel": "TranslateX", "TranslateYRel": "TranslateY", "Solari
 UNIT = {"mc": 1.0, "imagenet": 1.0, "torchssl": float(1 << 24), "timm": 65536.0}  # level units per recorded level
 WORD = 1 << 32
 CUTOUT_SIDE = 16
+NORMALISED = 1e-6  # of the largest value: two float32 divisions in the original, one multiplication and one addition here
 
 Draw = tuple[str, float, int, bool]  # op, level in the recording's units, sign, applied
 
@@ -122,6 +124,18 @@ def longtail(rec: Recorder) -> None:
     rec.check("randaug_full", _render(whole, [_ops("mc", draws), _cutout_boxes(whole, 2, centres, image)], image))
 
 
+def _validation(rec: Recorder) -> None:
+    """The library's two evaluation transforms as our policies; every 4th pixel of the view is recorded, every 8th of the normalised one."""
+    size, cifar10 = 224, {"mean": (0.4912, 0.4824, 0.4467), "std": (0.2471, 0.2435, 0.2616)}  # sic: its CIFAR10 means have two digits swapped
+    for policy_name, image_name, name in (("tllib_eval", "image50x75", "val_default_uint8"), ("tllib_cifar_eval", "image32", "val_cifar_uint8")):
+        policy, pixels = build_policy(policy_name, size=size, channels=3, **cifar10), torch.from_numpy(rec.raw(image_name)).unsqueeze(0)
+        extent = torch.tensor(pixels.shape[1:3]).int().unsqueeze(0)
+        plan = plans.draw(policy, seed=0, stream=2, view=0, draw_B=torch.zeros(1, dtype=torch.int64), extent_B2=extent)
+        rec.check(name, render_uint8(policy, plan, pixels, extent)[0, :, ::4, ::4].permute(1, 2, 0))
+    normalised = render(policy, plan, pixels, extent, torch.empty(1, 3, size, size))
+    rec.check("val_cifar_normalized", normalised[0, :, ::8, ::8], NORMALISED, floor=1.0)
+
+
 def timm(rec: Recorder) -> None:
     image, pool = rec.raw("image32"), [RENAMED.get(op, op) for op in rec.raw("op_names").tolist()]
     mean = [value / 255 for value in rec.raw("fill").tolist()]
@@ -151,6 +165,7 @@ def timm(rec: Recorder) -> None:
         draws.append(row)
     policy = _policy([{"randaugment": {"space": "timm", "n": layers, "p": probability}}], image, mean)
     rec.check("seeded_out", _render(policy, [_ops("timm", draws)], image))
+    _validation(rec)
     rec.hp("pillow_version")  # says which Pillow drew the images; nothing depends on it
 
 
