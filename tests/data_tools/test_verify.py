@@ -1,16 +1,20 @@
 """verify must find every kind of damage, and the leak report every repeated image."""
 
+import importlib.util
 import json
 import shutil
 
 import numpy as np
 import pytest
 
+import data_tools.verify
+from data_tools import ffcv_check
 from data_tools.convert import convert
+from data_tools.ffcv_check import compare
 from data_tools.split import make_split
 from data_tools.verify import verify
 from fastssl.errors import DataError
-from fastssl.sources.beton import open_beton
+from fastssl.sources.beton import MODE_JPG, MODE_RAW, open_beton
 from tests.data_tools.collections import idx_bytes, idx_folder, photo_folders
 
 
@@ -96,6 +100,80 @@ def test_unreadable_row_table(pristine, tmp_path, content):
         (tmp_path / "data" / "rows.parquet").write_bytes(content)
     with pytest.raises(DataError, match="rows.parquet"):
         verify(tmp_path / "data")
+
+
+def without_ffcv(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+
+
+def test_a_missing_ffcv_package_is_a_note(pristine, monkeypatch):
+    without_ffcv(monkeypatch)
+    found = verify(pristine / "photo-ffcv", ffcv=True)
+    assert not found.problems and any("left out" in note and "not installed" in note for note in found.notes)
+    assert not any("ffcv" in note for note in verify(pristine / "photo-arrays", ffcv=True).notes + verify(pristine / "photo-ffcv").notes)
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A package called ffcv that only this test and its children see."""
+
+    def _stand_in(code: str) -> None:
+        (tmp_path / "ffcv").mkdir()
+        (tmp_path / "ffcv" / "__init__.py").write_text(code)
+        (tmp_path / "ffcv" / "loader.py").write_text("")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    return _stand_in
+
+
+def test_an_ffcv_package_that_cannot_be_imported_is_a_note(pristine, stand_in):
+    stand_in("raise ImportError('libopencv_core.so: cannot open shared object file')")
+    found = verify(pristine / "photo-ffcv", ffcv=True)
+    assert not found.problems and any("left out" in note and "libopencv_core.so" in note for note in found.notes)
+
+
+def test_a_crash_of_ffcv_is_a_problem(pristine, stand_in):
+    stand_in("import os, sys; print('illegal instruction', file=sys.stderr, flush=True); os._exit(132)")
+    assert any("132" in text and "illegal instruction" in text for text in verify(pristine / "photo-ffcv", ffcv=True).problems)
+
+
+def test_agreement_is_a_note_and_difference_a_problem(pristine, monkeypatch):
+    monkeypatch.setattr(data_tools.verify, "compare", lambda folder: (60, []))
+    assert "FFCV's own loader agrees on 60 images" in verify(pristine / "grey-ffcv", ffcv=True).notes
+    monkeypatch.setattr(data_tools.verify, "compare", lambda folder: (60, ["train: the first is row 5"]))
+    found = verify(pristine / "grey-ffcv", ffcv=True)
+    assert found.problems == ["train: the first is row 5"] and not any("agrees" in note for note in found.notes)
+
+
+@pytest.mark.ffcv
+def test_ffcv_names_the_first_row_that_differs_and_only_where_it_differs(pristine, tmp_path):
+    """In a child process; JPEG and raw images of several sizes.  FFCV shows stale pixels for a damaged JPEG without a word."""
+    pytest.importorskip("ffcv", reason="the ffcv package is not installed (make ffcv)")
+    shutil.copytree(pristine / "photo-ffcv", tmp_path / "data")
+    spoil_jpeg(tmp_path / "data")
+    count, problems = compare(tmp_path / "data")
+    assert count == 18 and len(problems) == 1
+    assert problems[0].startswith("train: FFCV's own loader disagrees on 1 images; the first is row 3 (its JPEG cannot be decoded")
+
+
+@pytest.mark.ffcv
+def test_differing_pixels_and_labels_are_both_found(pristine, monkeypatch):
+    pytest.importorskip("ffcv", reason="the ffcv package is not installed (make ffcv)")
+    folder, real = pristine / "photo-ffcv", ffcv_check._ffcv_batches
+
+    def harmed(file, batch):
+        for pixels, labels in real(file, batch):
+            pixels, labels = pixels.copy(), labels.copy()
+            pixels[4, 0, 0] ^= 0x40  # stored as a JPEG
+            pixels[5, 0, 0, 1] ^= 1  # stored as raw pixels: one level is too much
+            labels[7] += 1
+            yield pixels, labels
+
+    assert open_beton(folder / "train.beton").mode_N[[4, 5]].tolist() == [MODE_JPG, MODE_RAW]
+    monkeypatch.setattr(ffcv_check, "_ffcv_batches", harmed)
+    count, problems = ffcv_check._compare_split(folder, "train", folder / "train.beton")
+    assert count == 12 and "disagrees on 3 images; the first is row 4 (pixels differ by up to" in problems[0]
 
 
 def test_leak_report_counts_repeats(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from fastssl.engine import checkpoint
 from fastssl.engine.stop import Interrupted
 from fastssl.engine.train import train
 from tests.engine import distributed_worker
-from tests.helpers import metric_lines, run_python, tiny_recipe, write_recipe
+from tests.helpers import metric_lines, run_python, signal_at_first_checkpoint, tiny_recipe, write_recipe
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 
@@ -82,20 +81,7 @@ def test_train_on_two_processes_stops_together_and_goes_on_with_one(tiny_data, t
     lengths = ("train.steps=3000", "train.steps_per_epoch=3000", "checkpoint.every=16", "log.every=16", "eval.every=3000", "batchnorm.groups=2")
     recipe = tiny_recipe(tiny_data, tmp_path / "runs", *lengths, "model.options.width=48", method="erm")
     process = run_python(*TORCHRUN, "fastssl", "train", str(write_recipe(tmp_path / "r.yaml", recipe)), wait=False)
-    try:
-        deadline = time.monotonic() + 90
-        found: list = []
-        while not found and time.monotonic() < deadline and process.poll() is None:
-            found = list((tmp_path / "runs").glob("tiny/*/checkpoints/last"))
-            time.sleep(0.02)
-        if found:
-            process.send_signal(signal.SIGTERM)  # torchrun passes it on
-        output, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            process.kill()
-    assert found, output
-    run = found[0].parent.parent
+    run, output = signal_at_first_checkpoint(process, tmp_path / "runs", signal.SIGTERM)  # torchrun passes it on
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "interrupted" and summary["world"] == 2, output
     state = checkpoint.load_state(checkpoint.find(run))

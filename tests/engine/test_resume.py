@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -18,7 +17,7 @@ from fastssl.engine.state import restore
 from fastssl.engine.stop import Interrupted
 from fastssl.engine.train import Trainer, train
 from fastssl.errors import CheckpointError
-from tests.helpers import metric_lines, run_python, tiny_recipe, without_times, write_recipe
+from tests.helpers import PATIENCE_S, metric_lines, run_python, signal_at_first_checkpoint, tiny_recipe, without_times, write_recipe
 
 
 def recipe_for(data, runs, *overrides, method="fixmatch"):
@@ -91,23 +90,30 @@ def _killed(recipe, kill_step, kill_write):
     train(recipe, stop=lambda finished: die() if finished == kill_step else False)
 
 
+@pytest.fixture(scope="module")
+def fresh_processes():
+    """Processes that have imported everything and done nothing. A fork of this one will not do: autograd refuses to work in it once it has threads here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 @pytest.mark.parametrize("case", range(4))
-def test_kill_and_resume(straight, tiny_data, tmp_path, case):
+def test_kill_and_resume(straight, fresh_processes, tiny_data, tmp_path, case):
     """SIGKILL at a random update (even cases) or inside the writing of a later checkpoint (odd cases)."""
     method, run = straight
     rng = random.Random(f"{method} {case}")
     recipe = recipe_for(tiny_data, tmp_path, method=method)
     kill_step, kill_write = (rng.randint(5, 12), 0) if case % 2 == 0 else (0, rng.randint(7, 18))
-    process = multiprocessing.get_context("fork").Process(target=_killed, args=(recipe, kill_step, kill_write))
+    process = fresh_processes.Process(target=_killed, args=(recipe, kill_step, kill_write))
     process.start()
-    process.join(60)
+    process.join(PATIENCE_S)
     assert process.exitcode == -signal.SIGKILL
     resumed = train(recipe, resume="auto")
     assert len(list((tmp_path / "tiny").iterdir())) == 1
     assert_same_run(run, resumed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_signals_through_the_command_line(tiny_data, tmp_path, signum, code):
     steps = 20000  # far more than can be done before the signal
@@ -115,21 +121,8 @@ def test_signals_through_the_command_line(tiny_data, tmp_path, signum, code):
     recipe = tiny_recipe(tiny_data, tmp_path / "runs", *lengths, "model.options.width=48")  # wide enough that updates take their time
     path = write_recipe(tmp_path / "recipe.yaml", recipe)
     process = run_python("-m", "fastssl", "train", str(path), wait=False)
-    try:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and process.poll() is None:
-            found = list((tmp_path / "runs").glob("tiny/*/checkpoints/last"))
-            if found:
-                break
-            time.sleep(0.02)
-        assert found, "no checkpoint appeared"
-        process.send_signal(signum)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        if process.poll() is None:
-            process.kill()
+    run, output = signal_at_first_checkpoint(process, tmp_path / "runs", signum)
     assert process.returncode == code, output
-    run = found[0].parent.parent
     step = checkpoint.load_state(checkpoint.find(run))["step"]
     assert 10 <= step < steps
     if signum == signal.SIGKILL:
