@@ -9,6 +9,8 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 DATA   ?= data
+# A font cache that does not depend on a home folder that can be written.
+export MPLCONFIGDIR ?= $(abspath $(VENV))/.matplotlib
 
 help:
 	@echo "make demo   install, fetch real data, convert it, train ERM and FixMatch on the same labels, compare, write a report"
