@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     def takes_recipe(sub: argparse.ArgumentParser) -> argparse.ArgumentParser:
         sub.add_argument("recipe", metavar="RECIPE", help="path to a .yaml file, or a short name such as cifar10/fixmatch_4000")
-        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="values over the recipe's, such as optim.lr=0.01 or method.threshold=0.9")
+        sub.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="values over the recipe's, such as optim.lr=0.01")
         sub.set_defaults(intermixed=True)
         return sub
 
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = verb("eval", _eval, "measure a run's checkpoint", "fastssl eval runs/demo/20250101-120000-abc123 --checkpoint last --split validation")
     evaluate.add_argument("run_folder", metavar="RUN", help="run folder")
-    evaluate.add_argument("--checkpoint", metavar="best|last|NAME", default="best", help="which weights; NAME such as step-00001024 (default: best)")
+    evaluate.add_argument("--checkpoint", metavar="best|last|NAME", default="best", help="which weights; NAME: step-00001024 (default: best)")
     evaluate.add_argument("--split", choices=("test", "validation"), help="which rows (default: the recipe's data.eval_on)")
 
     report = verb("report", _report, "write one self-contained HTML page about runs", "fastssl report runs/demo/* --out demo.html")
@@ -136,25 +136,41 @@ def _train(args: argparse.Namespace) -> int:
     except Interrupted as stopped:  # with a checkpoint: 130 for Ctrl-C, 143 for SIGTERM
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_first_process():
         print(run)
     return 0
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from fastssl.console import print_table
     from fastssl.engine.evaluate import evaluate_run
+    from fastssl.recipe import load_recipe
+    from fastssl.sources.manifest import load_manifest
 
-    results = evaluate_run(_run_folder(args.run_folder), args.checkpoint, args.split)
+    run = _run_folder(args.run_folder)
+    results = evaluate_run(run, args.checkpoint, args.split)
+    if not _is_first_process():
+        return 0
+    recipe = load_recipe(run / "config.yaml")
+    print(f"{run}: checkpoint {args.checkpoint} (after update {results['step']}) on {results['split']}")
+    if args.checkpoint == "best" and results["split"] == recipe.data.eval_on:
+        print(f"note: best was chosen by its accuracy on {results['split']}, the split measured here, so it flatters; --checkpoint last is free of that choice")
+    print()
     for name, value in results.items():
-        if not isinstance(value, (list, tuple, dict)):
+        if name.startswith("eval/") and not isinstance(value, (list, tuple, dict)):
             print(f"{name:<24} {value:.4f}" if isinstance(value, float) else f"{name:<24} {value}")
+    of_weights = {name.split("/")[1]: value for name, value in results.items() if name.endswith("/per_class")}
+    if of_weights:
+        rows = zip(load_manifest(recipe.data.path).classes, *of_weights.values(), strict=True)
+        print("\naccuracy of each class, percent")
+        print_table(("class", *of_weights), [(name, *("-" if v is None else f"{v:.2f}" for v in values)) for name, *values in rows])
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
     from fastssl.report import write_report
 
-    out = Path(args.out) if args.out else None
+    out = _writable(Path(args.out)) if args.out else None
     print(write_report([Path(run) for run in args.runs], out, title=args.title, views=[Path(picture) for picture in args.views]))
     return 0
 
@@ -167,8 +183,7 @@ def _views(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise FastSSLError(f"--out {out}: the picture is a .png file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    print(write_views(recipe, out, args.rows))
+    print(write_views(recipe, _writable(out), args.rows))
     return 0
 
 
@@ -235,6 +250,25 @@ def _run_folder(text: str) -> Path:
     if not (path / "config.yaml").is_file():
         raise FastSSLError(f"{path} is not a run folder: it has no config.yaml; run folders look like runs/<recipe>/<time>-<id>")
     return path
+
+
+def _is_first_process() -> bool:
+    """Under torchrun every process runs the verb; one of them speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _writable(out: Path) -> Path:
+    """``out`` with its folder made, if only the last level of that is missing: a longer missing path is a typing error more often than a wish."""
+    folder = out.parent
+    if folder.exists() and not folder.is_dir():
+        raise FastSSLError(f"--out {out}: {folder} is a file, not a folder")
+    if not folder.parent.is_dir():
+        raise FastSSLError(f"--out {out}: there is no folder {folder.parent}; make it first, or name another place")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise FastSSLError(f"--out {out}: the folder {folder} cannot be made: {error.strerror}") from None
+    return out
 
 
 def _first_line(method: Any) -> str:

@@ -74,6 +74,14 @@ def check_world(actual: int, wish: Wish | None = None, *, arguments: Sequence[st
     )
 
 
+def started_by_accelerate() -> bool:
+    """Whether this process's parent is an ``accelerate launch`` that started it alone, without torchrun."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "LOCAL_RANK")):
+        return False
+    own, *ancestors = _lineage(1) or [[]]
+    return bool(ancestors) and _accelerate_options(ancestors[0], own) is not None
+
+
 def _accelerate_options(line: Sequence[str], own: Sequence[str]) -> list[str] | None:
     """The launcher's own arguments in an ``accelerate launch`` command line (without the script and its arguments), else None."""
     words = list(line)

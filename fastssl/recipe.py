@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
@@ -249,10 +250,11 @@ def _method_spec(given: Mapping[str, Given], place: str) -> tuple[MethodSpec, An
             values[option] = _typed(key, entry, options[option], hints[option])
     try:
         return MethodSpec(name.value, method.Config(**values)), method
-    except FastSSLError as error:
-        raise RecipeError(f"{name.where}: method = {name.value}: {error}") from None
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{name.where}: method = {name.value}: {error}") from None
+    except (FastSSLError, TypeError, ValueError) as error:
+        blamed = [o for o in values if re.search(rf"\b{o}\b", str(error))]  # the options that the message names
+        givers = [given[f"method.{o}"] for o in blamed] or [name]
+        giver = next((g for g in givers if g.origin == COMMAND_LINE), givers[0])
+        raise RecipeError(f"{giver.where}: method = {name.value}: {error}") from None
 
 
 def _config_fields(config: Any) -> tuple[dict[str, Field[Any]], dict[str, Any]]:

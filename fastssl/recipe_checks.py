@@ -104,6 +104,8 @@ def _check_teacher(recipe: Recipe, method: Any, fail: Fail) -> None:
             fail("eval.headline", "needs teacher.enabled=true; set eval.headline=raw to report the student")
         if method is not None and method.needs_teacher(recipe.method.config):
             fail("teacher.enabled", f"must be true: {recipe.method.name} asks the teacher in its loss")
+    elif teacher.when == "by_method" and method is not None and not method.moves_teacher:
+        fail("teacher.when", f"{recipe.method.name} never moves the teacher, which would stay at its start; use after_step or before_forward")
     if (teacher.buffers == "copy_matching") != bool(teacher.buffers_matching):
         fail("teacher.buffers_matching", "is a regular expression for teacher.buffers=copy_matching: give both or neither")
     if not _is_pattern(teacher.buffers_matching):

@@ -37,6 +37,10 @@ class Given:
         return {k: v.plain() for k, v in self.value.items()} if isinstance(self.value, dict) else self.value
 
 
+class MissingBlank(RecipeError):
+    """``{width:8}``: valid YAML for a key "width:8" without a value, which nobody means."""
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the YAML 1.2 core rules for plain scalars, and without aliases."""
 
@@ -90,6 +94,9 @@ def _convert(node: yaml.Node, loader: _Loader, origin: str, place: str, lines: b
                 raise RecipeError(f"{at}: the key {key!r} must be text")
             if key in values:
                 raise RecipeError(f"{at}: the key {key!r} is given twice (first at {values[key].where}); keep one")
+            name, colon, rest = key.partition(":")
+            if name and colon and rest and isinstance(value_node, yaml.ScalarNode) and not value_node.value and key_node.style is None:
+                raise MissingBlank(f"{at}: {key!r} is a key without a value; YAML needs a blank after ':', so write {name}: {rest.strip()}")
             found = _convert(value_node, loader, origin, place, lines)
             values[key] = Given(found.value, origin, at, found.text)
         return Given(values, origin, where)
@@ -101,7 +108,7 @@ def _convert(node: yaml.Node, loader: _Loader, origin: str, place: str, lines: b
 def parse(text: str, origin: str, place: str, *, lines: bool = True) -> Given:
     """Located values of one YAML document. ``place`` names the file in messages; ``lines=False`` leaves line numbers out.
 
-    Raises RecipeError for bad syntax, repeated or non-text keys, aliases and tags.
+    Raises RecipeError for bad syntax, repeated or non-text keys, keys like ``width:8`` that lack a blank, aliases and tags.
     """
     loader = None
     try:
@@ -139,6 +146,8 @@ def parse_override(text: str) -> tuple[str, Given]:
         raise RecipeError(f"{COMMAND_LINE}: {text!r} is not an override; write key=value, for example optim.lr=0.01")
     try:
         found = parse(value, COMMAND_LINE, COMMAND_LINE, lines=False)
+    except MissingBlank as error:
+        raise RecipeError(f"{COMMAND_LINE}: {name}={value}: {str(error).removeprefix(COMMAND_LINE + ': ')}") from None
     except RecipeError:
         raise RecipeError(f"{COMMAND_LINE}: {name}={value}: the value is not valid YAML; quote it, for example {name}=\"'text'\"") from None
     return name, Given(found.value, found.origin, found.where, value)

@@ -122,12 +122,12 @@ def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines]
 
 
-def run_python(*arguments: str, timeout: float = PATIENCE_S, env: dict[str, str] | None = None, wait: bool = True) -> Any:
-    """``python ARGUMENTS`` in the project's root with one thread; the finished process, or the running one with ``wait=False``."""
+def run_python(*arguments: str, timeout: float = PATIENCE_S, env: dict[str, str] | None = None, wait: bool = True, own_group: bool = False) -> Any:
+    """``python ARGUMENTS`` in the project's root with one thread; the finished process, or with ``wait=False`` the running one."""
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
     command = [sys.executable, *arguments]
     if not wait:
-        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=own_group)
     return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=timeout)
 
 

@@ -19,7 +19,7 @@ from fastssl.engine.train import train
 from fastssl.errors import TrainingError
 from fastssl.launch_check import LaunchError, Wish, asked_world, check_world, find_wish, started_world
 from fastssl.report import write_report
-from tests.helpers import run_python
+from tests.helpers import make_dataset, run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,6 +33,10 @@ class _Match:
     @dataclass(frozen=True)
     class Config:
         threshold: float = field(default=0.95, metadata={"help": "confidence that selects"})
+
+        def __post_init__(self):
+            if self.threshold < 0:
+                raise ValueError(f"threshold = {self.threshold} must not be negative")
 
     needs_unlabeled = True
 
@@ -174,20 +178,69 @@ def test_only_rank_0_prints_the_run_folder(stub, capsys, monkeypatch):
     assert cli.main(["train", "r.yaml"]) == 0 and capsys.readouterr().out == ""
 
 
-def test_eval_prints_numbers(stub, capsys):
+def test_eval_prints_what_was_measured_where(stub, capsys, monkeypatch):
     seen = []
 
     def fake_evaluate(run, checkpoint_name, split):
         seen.append((run, checkpoint_name, split))
-        return {"step": 10, "eval/top1": 93.123456, "eval/per_class": [1.0, 2.0], "split": "test"}
+        return {
+            "run": "run", "checkpoint": checkpoint_name, "step": 10, "split": split or "test",
+            "eval/top1": 93.123456, "eval/raw/per_class": [1.0, None, 25.0, 3.0], "eval/ema/per_class": [2.0, 4.5, 0.0, 99.0],
+        }  # fmt: skip
 
     stub("fastssl.engine.evaluate", evaluate_run=fake_evaluate)
     assert cli.main(["eval", "run"]) == 2 and "not a run folder" in capsys.readouterr().err
     Path("run").mkdir()
-    Path("run/config.yaml").write_text("x")
+    Path("run/config.yaml").write_text(f"method: match\ndata: {{path: {make_dataset(Path('data').resolve())}}}\n")
     assert cli.main(["eval", "run", "--checkpoint", "last", "--split", "validation"]) == 0
     out = capsys.readouterr().out
+    assert out.startswith("run: checkpoint last (after update 10) on validation\n\n") and "note:" not in out
     assert "93.1235" in out and "per_class" not in out and seen == [(Path("run"), "last", "validation")]
+    table = [line.split() for line in out.splitlines()[-5:]]
+    assert table == [["class", "raw", "ema"], ["class0", "1.00", "2.00"], ["class1", "-", "4.50"], ["class2", "25.00", "0.00"], ["class3", "3.00", "99.00"]]
+    assert cli.main(["eval", "run"]) == 0
+    assert "note: best was chosen by its accuracy on test, the split measured here" in capsys.readouterr().out
+    assert cli.main(["eval", "run", "--split", "validation"]) == 0
+    assert "note:" not in capsys.readouterr().out, "training evaluated on test, so on validation rows the choice is no advantage"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["eval", "run"]) == 0 and capsys.readouterr().out == "" and len(seen) == 4, "it takes part in the work and is silent"
+
+
+@pytest.mark.parametrize(("key", "hint"), [("model.options={width:8}", "write width: 8"), ("augment.weak=[{flip:{p:2}}]", "write p: 2")])
+def test_a_missing_blank_is_told(key, hint, capsys):
+    assert cli.main(["config", "show", "r.yaml", key]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: command line: {key}: ") and "YAML needs a blank after ':'" in err and hint in err
+    Path("s.yaml").write_text("method: match\nmodel: {options: {width:8}}\n")
+    assert cli.main(["config", "show", "s.yaml"]) == 2 and "s.yaml, line 2: 'width:8' is a key without a value" in capsys.readouterr().err
+
+
+def test_the_layer_that_gave_a_wrong_option_is_blamed(capsys):
+    Path("m.yaml").write_text("title: t\nmethod:\n  name: match\n  threshold: 0.5\n")
+    assert cli.main(["config", "show", "m.yaml", "method.threshold=-1"]) == 2
+    assert capsys.readouterr().err == "error: command line: method = match: threshold = -1.0 must not be negative\n"
+    Path("m.yaml").write_text(Path("m.yaml").read_text().replace("0.5", "-2"))
+    assert cli.main(["config", "show", "m.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("error: m.yaml, line 4: method = match: threshold")
+
+
+def test_a_missing_recipe_is_all_that_is_asked_for(capsys):
+    for verb in (["train"], ["views"], ["config", "show"]):
+        with pytest.raises(SystemExit):
+            cli.main(verb)
+        assert capsys.readouterr().err.endswith("required: RECIPE\n")
+
+
+def test_out_makes_one_folder_at_most(stub, capsys):
+    stub("fastssl.report", write_report=lambda runs, out, **extras: out)
+    stub("fastssl.engine.sheet", write_views=lambda recipe, out, rows=8: out)
+    for words, suffix in ((["report", "a"], "html"), (["views", "r.yaml"], "png")):
+        assert cli.main([*words, "--out", f"none/deep/x.{suffix}"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: --out none/deep/x.{suffix}: there is no folder none") and err.count("\n") == 1 and not Path("none").exists()
+        assert cli.main([*words, "--out", f"{suffix}/x.{suffix}"]) == 0 and Path(suffix).is_dir()
+        assert cli.main([*words, "--out", f"r.yaml/x.{suffix}"]) == 2
+        assert "r.yaml is a file" in capsys.readouterr().err
 
 
 def test_report_and_views_call_their_doors(stub, capsys):

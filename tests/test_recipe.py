@@ -36,6 +36,7 @@ class _Match:
 
     Config = _MatchConfig
     needs_unlabeled = True
+    moves_teacher = False
 
     @staticmethod
     def needs_teacher(config):
@@ -48,6 +49,7 @@ class _Plain:
         pass
 
     needs_unlabeled = False
+    moves_teacher = True
 
     @staticmethod
     def needs_teacher(config):
@@ -250,6 +252,7 @@ def test_overrides(write):
         ("batchnorm.momentum", 0, "(0, 1]"),
         ("teacher.enabled", "false", "eval.headline=raw"),
         ("teacher.momentum", 1.5, "[0, 1]"),
+        ("teacher.when", "by_method", "never moves the teacher"),
         ("teacher.buffers", "copy_matching", "both or neither"),
         ("teacher.buffers_matching", "x", "both or neither"),
         ("augment.weak", "[]", "policy name"),

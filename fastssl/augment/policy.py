@@ -135,7 +135,8 @@ def _build_law(entry: Any, where: str) -> Law:
         raise RecipeError(f"{where}: each law is `name: {{options}}`, for example {{flip: {{p: 0.5}}}}, got {entry!r}")
     ((name, options),) = entry.items()
     if name not in LAWS:
-        raise RecipeError(f"{where}: unknown law {name!r}{nearest(str(name), LAWS)}; known laws: {', '.join(LAWS)}")
+        hint = " (YAML needs a blank after ':', as in {flip: {p: 0.5}})" if ":" in str(name) else nearest(str(name), LAWS)
+        raise RecipeError(f"{where}: unknown law {name!r}{hint}; known laws: {', '.join(LAWS)}")
     known = LAWS[name]
     options = {} if options is None else options
     if not isinstance(options, Mapping):

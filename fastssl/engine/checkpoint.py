@@ -19,6 +19,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from fastssl.engine.runfolder import NO_SPACE, what_happened
 from fastssl.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -70,7 +71,8 @@ def save(folder: Path, snapshot: Snapshot, *, step: int, best: bool, keep: int) 
         shutil.rmtree(temporary, ignore_errors=True)
         good = linked(folder, "last")
         kept = f"the last good checkpoint is {good}" if good else "there is no earlier checkpoint"
-        raise CheckpointError(f"cannot write checkpoint {final}: {error.strerror or error}; {kept}; free space, then --resume") from error
+        mend = "free space, then --resume" if error.errno in NO_SPACE else "mend that, then --resume"
+        raise CheckpointError(f"cannot write checkpoint {final}: {what_happened(error)}; {kept}; {mend}") from error
     return final
 
 

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 
+from fastssl.engine.stop import stop_with_parent
 from fastssl.errors import RecipeError
-from fastssl.launch_check import check_world
+from fastssl.launch_check import check_world, started_by_accelerate
 from fastssl.parallel import world_size
 from fastssl.schema import Recipe
 
@@ -28,6 +29,9 @@ def launch(recipe: Recipe) -> Accelerator:
 
     Raises :class:`RecipeError` for a precision the device lacks, and if a launcher started fewer processes than it was asked for.
     """
+    parent = os.getppid()
+    if started_by_accelerate():  # `accelerate launch` of one process does not pass SIGTERM on (torchrun, and so its launch of several, does)
+        stop_with_parent(parent)
     cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     precision = recipe.train.precision
     if cpu and precision == "fp16":

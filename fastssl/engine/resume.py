@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from fastssl.engine import checkpoint
 from fastssl.engine.checkpoint import Snapshot
-from fastssl.engine.runfolder import find_unfinished, new_run_path
+from fastssl.engine.runfolder import broken_disk, find_unfinished, hold, new_run_path, read_json
+from fastssl.engine.runlock import RunLock
 from fastssl.errors import CheckpointError, FastSSLError
 from fastssl.parallel import rank, world_size
 from fastssl.schema import Recipe
@@ -34,12 +35,12 @@ def on_main(action: Callable[[], T]) -> T:
     return box[0]
 
 
-def choose_run(recipe: Recipe, digest: str, resume: str | None, run_dir: str | Path | None) -> tuple[Path, Snapshot | None, str]:
-    """(run folder, snapshot to go on from or None, a sentence on the choice).
+def choose_run(recipe: Recipe, digest: str, resume: str | None, run_dir: str | Path | None, lock: RunLock) -> tuple[Path, Snapshot | None, str]:
+    """(run folder, snapshot to go on from or None, a sentence on the choice). The main rank's ``lock`` then holds a run to go on with.
 
     Raises :class:`CheckpointError` if what was asked for cannot be loaded: a resume never silently becomes a fresh start.
     """
-    path, found, why = on_main(lambda: _choose(recipe, digest, resume, run_dir))
+    path, found, why = on_main(lambda: _choose(recipe, digest, resume, run_dir, lock))
     if found is None:
         return Path(path), None, why
     snapshot = checkpoint.load(Path(found))  # every rank reads the (shared) run folder
@@ -48,22 +49,31 @@ def choose_run(recipe: Recipe, digest: str, resume: str | None, run_dir: str | P
             f"checkpoint {found} was written by another configuration (recipe {snapshot.state.get('recipe')!r}, method {snapshot.state.get('method')!r}, "
             f"seed {snapshot.state.get('seed')}); compare {Path(path) / 'config.yaml'} with this recipe"
         )
-    if snapshot.state["step"] >= recipe.train.steps:
+    # A run that died between its last checkpoint and its summary still gets the summary.
+    if snapshot.state["step"] >= recipe.train.steps and read_json(Path(path) / "summary.json").get("status") == "finished":
         raise CheckpointError(f"{found} is the end of a finished run ({snapshot.state['step']} updates); there is nothing to go on with")
     return Path(path), snapshot, why
 
 
-def _choose(recipe: Recipe, digest: str, resume: str | None, run_dir: str | Path | None) -> tuple[str, str | None, str]:
+def _choose(recipe: Recipe, digest: str, resume: str | None, run_dir: str | Path | None, lock: RunLock) -> tuple[str, str | None, str]:
+    try:
+        return _look(recipe, digest, resume, run_dir, lock)
+    except OSError as cause:
+        raise broken_disk(Path(recipe.runs_dir) if run_dir is None else Path(run_dir), cause) from cause
+
+
+def _look(recipe: Recipe, digest: str, resume: str | None, run_dir: str | Path | None, lock: RunLock) -> tuple[str, str | None, str]:
     why = "a new run"
     if resume == "auto":
-        found, why = find_unfinished(recipe, digest)
+        found, why = find_unfinished(recipe, digest, lock)
         if found is not None:
             return str(found), str(checkpoint.find(found, "last")), why
     elif resume is not None:
         at = checkpoint.find(Path(resume), "last")
         if at.parent.name != "checkpoints":
             raise CheckpointError(f"{at} does not lie in a run folder's checkpoints/; name the run folder")
-        return str(at.parent.parent), str(at), f"resuming {at}"
+        hold(at.parent.parent, lock)
+        return str(at.parent.parent), str(checkpoint.find(Path(resume), "last")), f"resuming {at}"  # the link may have moved until we held it
     path = Path(run_dir) if run_dir is not None else new_run_path(recipe)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise CheckpointError(f"run folder {path} exists already; run folders are never overwritten (use --resume {path} to go on)")

@@ -5,6 +5,7 @@ Only the main process writes; every other rank holds the same object with ``writ
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -18,8 +19,12 @@ from typing import Any
 import torch
 
 import fastssl
+from fastssl.engine.runlock import RunLock, holder
 from fastssl.errors import CheckpointError, FastSSLError
 from fastssl.schema import Recipe
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+BROKEN_DISK = NO_SPACE | {errno.EROFS, errno.EIO}
 
 
 class RunFolder:
@@ -94,10 +99,31 @@ def new_run_path(recipe: Recipe) -> Path:
             return path
 
 
-def find_unfinished(recipe: Recipe, digest: str) -> tuple[Path | None, str]:
-    """The newest unfinished run of this very configuration that has a checkpoint, and a sentence on the choice."""
+def begin(path: Path, lock: RunLock) -> None:
+    """Make and hold the folder of a new run. Raises :class:`CheckpointError` if that cannot be, or if another run took the name meanwhile."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        mine = lock.take(path)
+    except OSError as cause:
+        raise broken_disk(path, cause) from cause
+    if not mine or (path / "config.yaml").exists():
+        raise CheckpointError(f"run folder {path} was taken by another run meanwhile; choose another --run-dir")
+
+
+def hold(path: Path, lock: RunLock) -> None:
+    """Hold the folder of a run to go on with. Raises :class:`CheckpointError` while it is being trained, or if it cannot be written."""
+    try:
+        mine = lock.take(path)
+    except OSError as cause:
+        raise broken_disk(path, cause) from cause
+    if not mine:
+        raise CheckpointError(f"{path} is being trained right now by {holder(path)}; wait for its end or stop that process, then --resume again")
+
+
+def find_unfinished(recipe: Recipe, digest: str, lock: RunLock) -> tuple[Path | None, str]:
+    """The newest unfinished run of this very configuration that has a checkpoint and is not being trained, now held; and a sentence on the choice."""
     folder = Path(recipe.runs_dir) / recipe.name
-    skipped = 0
+    skipped, busy = 0, []
     runs = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     # Names start with the time in whole seconds; two runs of one second are told apart by when their folder was begun.
     for path in sorted(runs, key=lambda p: (p.name[:15], _started(p)), reverse=True):
@@ -107,9 +133,17 @@ def find_unfinished(recipe: Recipe, digest: str) -> tuple[Path | None, str]:
         if not (path / "checkpoints" / "last").exists():
             skipped += 1
             continue
-        return path, f"resuming {path}, the newest unfinished run with this configuration"
-    why = f"{skipped} unfinished run(s) with this configuration have no checkpoint yet" if skipped else f"no unfinished run with this configuration in {folder}"
-    return None, f"starting fresh: {why}"
+        if not lock.take(path):
+            busy.append(f"{path} is being trained right now by {holder(path)}")
+            continue
+        if read_json(path / "summary.json").get("status") == "finished":  # it came to its end since we looked
+            lock.release()
+            continue
+        return path, "; ".join([f"resuming {path}, the newest unfinished run with this configuration", *busy])
+    reasons = list(busy)
+    if skipped:
+        reasons.append(f"{skipped} unfinished run(s) with this configuration have no checkpoint yet")
+    return None, f"starting fresh: {'; '.join(reasons) or f'no unfinished run with this configuration in {folder}'}"
 
 
 def _started(path: Path) -> float:
@@ -134,7 +168,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 def broken_disk(path: Path, error: OSError) -> FastSSLError:
     """The one error for a run folder that cannot be written."""
-    return CheckpointError(f"cannot write {path}: {error.strerror or error}; free space or choose another runs_dir, then --resume")
+    mend = "free space or choose another runs_dir, then --resume" if error.errno in NO_SPACE else "mend that or choose another runs_dir"
+    return CheckpointError(f"cannot write {path}: {what_happened(error)}; {mend}")
+
+
+def what_happened(error: OSError) -> str:
+    """The system's words and the file that they are about."""
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+
+
+def is_about(path: Path, error: OSError) -> bool:
+    """Whether an OSError of a running training is about writing its folder ``path``."""
+    return error.errno in BROKEN_DISK or isinstance(error.filename, str) and Path(error.filename).is_relative_to(path)
 
 
 def environment(device: torch.device, world: int, precision: str, digest: str) -> dict[str, Any]:

@@ -21,14 +21,7 @@ SCALER_KEY = "loss_scaler"
 
 def collect(updater: Updater) -> dict[str, dict[str, Tensor]]:
     """All tensors of a run by group. Collective: the random state and partial sums of every rank are brought together."""
-    inner = updater.train_module
-    groups = {
-        "student": dict(inner.network.state_dict()),
-        "method": dict(inner.method.state_dict()),
-        "optimizer": optimizer_tensors(updater.optimizer),
-    }
-    if updater.teacher is not None:
-        groups["teacher"] = dict(updater.teacher.state_dict())
+    groups = _shared(updater)
     for number, tensors in enumerate(_of_all_ranks(_rank_tensors(updater.meters))):
         groups[f"rank-{number:05d}"] = tensors
     return groups
@@ -69,10 +62,29 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], what: str) -> 
             tensor.copy_(tensors[name])
 
 
-def weights_are_finite(updater: Updater) -> bool:
-    """Whether every floating-point parameter of the student is finite. Waits for the device."""
-    sums = [p.detach().abs().max() for p in updater.train_module.network.parameters() if p.is_floating_point() and p.numel()]
-    return bool(torch.isfinite(torch.stack(sums)).all()) if sums else True
+def first_non_finite(updater: Updater) -> str | None:
+    """The first floating-point tensor of what is saved that is not finite, as "group: name", or None. Collective; waits for the device."""
+    floating = [(f"{group}: {name}", t) for group, ts in _shared(updater).items() for name, t in ts.items() if t.is_floating_point()]
+    device = updater.meters.device
+    bad = torch.stack([~torch.isfinite(t.detach()).all().to(device) for _, t in floating])
+    place = torch.where(bad, torch.arange(len(floating), device=device), len(floating)).min()
+    if world_size() > 1:
+        dist.all_reduce(place, op=dist.ReduceOp.MIN)
+    found = int(place.item())
+    return floating[found][0] if found < len(floating) else None
+
+
+def _shared(updater: Updater) -> dict[str, dict[str, Tensor]]:
+    """The tensors that all ranks hold alike, by group (the live ones, not copies)."""
+    inner = updater.train_module
+    groups = {
+        "student": dict(inner.network.state_dict()),
+        "method": dict(inner.method.state_dict()),
+        "optimizer": optimizer_tensors(updater.optimizer),
+    }
+    if updater.teacher is not None:
+        groups["teacher"] = dict(updater.teacher.state_dict())
+    return groups
 
 
 def _group(tensors: Mapping[str, dict[str, Tensor]], name: str) -> dict[str, Tensor]:

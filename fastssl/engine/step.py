@@ -99,7 +99,18 @@ class Updater:
     clip_norm: float
 
     def __call__(self, raw: Mapping[str, RawBatch], step: int) -> Loss:
-        """Update number ``step`` (0-based, only for the learning rate: everything else reads the device's clock)."""
+        """Update number ``step`` (0-based): what the host knows is written to the device, then :meth:`update` runs, then the host's clock follows."""
+        set_lr(self.optimizer, self.learning_rate(step))
+        loss = self.update(raw)
+        self.clock.tick_host()
+        return loss
+
+    def update(self, raw: Mapping[str, RawBatch]) -> Loss:
+        """The part of an update that a graph may record and replay: it runs on the device alone.
+
+        Nothing here may read a number of the host that changes between updates: the rate lies in the optimiser's tensors, step and epoch in the
+        clock's, and the same operations with the same scalar arguments run every time.
+        """
         network, method = self.train_module.network, self.train_module.method
         unlabeled = raw.get("unlabeled")
         batch = Batch(StreamBatch.of(raw["labeled"]), StreamBatch.of(unlabeled) if unlabeled else None, self.clock.tensors)
@@ -113,14 +124,13 @@ class Updater:
         self.accelerator.backward(loss.total)
         method.after_backward(batch)
 
-        set_lr(self.optimizer, self.learning_rate(step))
         self._optimizer_step()
         sync_running_stats(network)
         if self.teacher is not None and self.teacher_when == "after_step":
             self.teacher.update(network)
 
         self.meters.add(loss, unlabeled.truth_B if unlabeled else None, self.clock.tensors.step)
-        self.clock.tick()
+        self.clock.tick_tensors()
         return loss
 
     def _optimizer_step(self) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,25 @@ import torch.distributed as dist
 from fastssl.parallel import world_size
 
 AGREE_EVERY = 8  # with several ranks: updates between two looks at the other ranks' signals
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def stop_with_parent(parent: int) -> None:
+    """From now on the end of the process ``parent`` (this one's parent, as found before) is a SIGTERM to this one. Linux only; elsewhere nothing."""
+    if _signal_at_parents_end(signal.SIGTERM) and os.getppid() != parent:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _signal_at_parents_end(signum: int) -> bool:
+    """``signum`` 0: no signal."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signum)) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 class Interrupted(Exception):
@@ -46,6 +68,8 @@ class StopRequest:
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
+        # A signal to the whole group (Ctrl-C) ends the launcher too; that must not count as the second signal. First this, then the handlers.
+        _signal_at_parents_end(0)
         self._restore()
 
     def _restore(self) -> None:

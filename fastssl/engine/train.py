@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,11 @@ from fastssl.engine.capture import decide_capture
 from fastssl.engine.launch import check_batches, launch, leave_group_at_exit
 from fastssl.engine.progress import Display
 from fastssl.engine.resume import choose_run, on_main
-from fastssl.engine.runfolder import RunFolder, broken_disk, device_name, environment, read_json
+from fastssl.engine.runfolder import RunFolder, begin, broken_disk, device_name, environment, is_about, read_json
+from fastssl.engine.runlock import RunLock
 from fastssl.engine.scoring import as_line
 from fastssl.engine.sheet import draw_views
-from fastssl.engine.state import SCALER_KEY, collect, restore, scaler_state, weights_are_finite
+from fastssl.engine.state import SCALER_KEY, collect, first_non_finite, restore, scaler_state
 from fastssl.engine.stop import Interrupted, StopRequest
 from fastssl.engine.summary import summary
 from fastssl.engine.timing import Stopwatch
@@ -30,8 +30,8 @@ from fastssl.recipe import config_digest, dump_yaml, to_dict
 from fastssl.schema import Recipe
 from fastssl.sources.feed import Feed
 
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 SHEET_ROWS = 6
+LOWER = "try a lower optim.lr or optim.clip_norm"
 
 
 def train(recipe: Recipe, *, resume: str | None = None, run_dir: str | Path | None = None, stop: Callable[[int], bool] | None = None) -> Path:
@@ -48,9 +48,22 @@ def train(recipe: Recipe, *, resume: str | None = None, run_dir: str | Path | No
     how = decide_capture(recipe.train.capture)
     accelerator = launch(recipe)
     digest = config_digest(recipe)
-    path, snapshot, why = choose_run(recipe, digest, resume, run_dir)
-    trainer = Trainer(recipe, accelerator, digest)
-    trainer.open(path, snapshot, notes=[why, how])
+    with RunLock() as lock:
+        path, snapshot, why = choose_run(recipe, digest, resume, run_dir, lock)
+        trainer = Trainer(recipe, accelerator, digest)
+        try:
+            trainer.open(path, snapshot, lock, notes=[why, how])
+        except OSError as cause:
+            if is_about(path, cause):
+                raise broken_disk(path, cause) from cause
+            raise
+        _train(trainer, stop)
+    return path
+
+
+def _train(trainer: Trainer, stop: Callable[[int], bool] | None) -> None:
+    """The loop, and at its end, whatever it is, the summary and the one error."""
+    path, accelerator = trainer.run.path, trainer.accelerator
     with StopRequest(accelerator.device, stop) as stop_request:
         status, error = "failed", None
         try:
@@ -65,7 +78,7 @@ def train(recipe: Recipe, *, resume: str | None = None, run_dir: str | Path | No
             raise
         except OSError as cause:
             error = str(cause)
-            if cause.errno in WRITE_ERRORS:
+            if is_about(path, cause):
                 raise broken_disk(path, cause) from cause
             raise
         except BaseException as cause:
@@ -73,7 +86,6 @@ def train(recipe: Recipe, *, resume: str | None = None, run_dir: str | Path | No
             raise
         finally:
             trainer.close(status, error)
-    return path
 
 
 class Trainer:
@@ -95,23 +107,27 @@ class Trainer:
         self.evals: dict[str, dict[str, Any]] = {}  # weights -> {"last": {...}, "best": {...}}
         self.best: dict[str, Any] | None = None  # headline top1 of the best evaluation: {"step", "top1"}
         self.saved_at = -1
+        self.found_good_at = -1
         self.watch = Stopwatch(images_per_step=sum(stream.global_batch for stream in self.streams))
 
     # --- beginning and end -----------------------------------------------------------------------------------------------------------
 
-    def open(self, path: Path, snapshot: checkpoint.Snapshot | None, notes: list[str]) -> None:
-        """Take the run folder: a new one, or one to go on with from ``snapshot``."""
+    def open(self, path: Path, snapshot: checkpoint.Snapshot | None, lock: RunLock, notes: list[str]) -> None:
+        """Take the run folder: a new one, made and held here, or one to go on with from ``snapshot``, which ``lock`` holds already."""
         recipe, accelerator = self.recipe, self.accelerator
+        if snapshot is None:
+            on_main(lambda: begin(path, lock))
         self.run = RunFolder(path, writes=accelerator.is_main_process)
         if snapshot is not None:
             state = snapshot.state
             notes += self._resume(snapshot)
             self.watch = Stopwatch(self.watch.images_per_step, state["timing"])
             known = read_json(path / "env.json")
-            self.run.write_json("env.json", {**known, "resumed": [*known.get("resumed", []), {"after_step": self.step, **self._environment()}]})
+            env = {**known, "resumed": [*known.get("resumed", []), {"after_step": self.step, **self._environment()}]}
         else:
-            self.run.write_text("config.yaml", dump_yaml(recipe))
-            self.run.write_json("env.json", self._environment())
+            env = self._environment()
+            on_main(lambda: self.run.write_text("config.yaml", dump_yaml(recipe)))
+        on_main(lambda: self.run.write_json("env.json", env))
         self.display = Display(self.run, start=self.step, total=recipe.train.steps)
         trackers.open_trackers(accelerator, recipe.log.trackers, project=recipe.log.project, run=path, config=to_dict(recipe), start_step=self.step)
         for note in [f"run folder {path}", *notes, self._sizes()]:
@@ -241,7 +257,7 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """One eval line for raw and averaged weights. Returns whether the headline top-1 is the best so far."""
-        self._refuse_non_finite()
+        self._refuse_non_finite(state=True)
         self._settle()
         began = time.perf_counter()
         networks = {"raw": self.updater.train_module.network}
@@ -265,11 +281,9 @@ class Trainer:
         return improved
 
     def checkpoint(self, *, best: bool) -> None:
-        """Save the state after the current update, unless it is flagged non-finite or already saved."""
-        self._refuse_non_finite()
+        """Save the state after the current update, unless it is not finite or already saved."""
+        self._refuse_non_finite(state=True)
         self._settle()
-        if not weights_are_finite(self.updater):
-            raise TrainingError(f"weights are not finite after update {self.step}; {self._last_good()}")
         if self.saved_at == self.step and not best:
             return
         tensors = collect(self.updater)  # collective
@@ -310,10 +324,16 @@ class Trainer:
             torch.cuda.synchronize(self.accelerator.device)
         self.watch.settle()
 
-    def _refuse_non_finite(self) -> None:
+    def _refuse_non_finite(self, *, state: bool = False) -> None:
+        """Raise if a loss was not finite so far or, with ``state``, if a tensor of the state is not finite now."""
         bad = self.updater.meters.bad_step()
         if bad is not None:
-            raise TrainingError(f"the loss of update {bad + 1} is not finite; {self._last_good()}; try a lower optim.lr or optim.clip_norm")
+            raise TrainingError(f"the loss of update {bad + 1} is not finite; {self._last_good()}; {LOWER}")
+        if state and self.found_good_at != self.step:
+            name = first_non_finite(self.updater)
+            if name is not None:
+                raise TrainingError(f"the state after update {self.step} is not finite ({name}); {self._last_good()}; {LOWER}")
+            self.found_good_at = self.step
 
     def _last_good(self) -> str:
         good = checkpoint.linked(self.run.checkpoints, "last")

@@ -26,6 +26,8 @@ class Method(nn.Module):
         pass
 
     needs_unlabeled: ClassVar[bool] = True
+    moves_teacher: ClassVar[bool] = False
+    """Whether the method itself moves the teacher's average; ``teacher.when=by_method`` is refused otherwise."""
 
     def __init__(self, config: Any, task: Task):
         super().__init__()

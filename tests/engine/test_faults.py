@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -10,12 +12,12 @@ import torch
 
 from fastssl.engine import checkpoint
 from fastssl.engine.launch import check_batches
-from fastssl.engine.runfolder import RunFolder
+from fastssl.engine.runfolder import RunFolder, broken_disk
 from fastssl.engine.step import Updater
 from fastssl.engine.stop import Interrupted
 from fastssl.engine.train import Trainer, train
 from fastssl.errors import CheckpointError, DataError, FastSSLError, RecipeError, TrainingError
-from tests.helpers import make_dataset, tiny_recipe, write_split
+from tests.helpers import PATIENCE_S, make_dataset, metric_lines, run_python, tiny_recipe, write_recipe, write_split
 
 
 def only_run(runs):
@@ -65,9 +67,46 @@ def test_broken_weights_under_a_finite_loss_are_never_saved(tiny_data, tmp_path,
         return loss
 
     monkeypatch.setattr(Updater, "__call__", break_weights_after)
-    with pytest.raises(TrainingError, match="weights are not finite after update 4"):
+    with pytest.raises(TrainingError, match=r"state after update 4 is not finite \(student: "):
         train(recipe)
     assert checkpoint.load(checkpoint.find(only_run(tmp_path))).state["step"] == 2
+
+
+BREAKS = {
+    "student: backbone.*running_var": lambda updater: next(b for n, b in updater.train_module.network.named_buffers() if n.endswith("running_var")),
+    "teacher: network.*running_mean": lambda updater: next(b for n, b in updater.teacher.network.named_buffers() if n.endswith("running_mean")),
+    "teacher: network.*weight": lambda updater: next(updater.teacher.network.parameters()),
+    "method: prior": lambda updater: updater.train_module.method.prior,
+    "optimizer: momentum_buffer/": lambda updater: next(iter(updater.optimizer.state.values()))["momentum_buffer"],
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nothing_broken_is_scored_or_saved(tiny_data, tmp_path, monkeypatch, name, value):
+    """One broken number anywhere in what a checkpoint holds, with finite losses: no eval line, no checkpoint, and the tensor's name."""
+    recipe = tiny_recipe(tiny_data, tmp_path, "train.steps=4", "checkpoint.every=2", "eval.every=3", "log.every=100")
+    real_init, real_call = Trainer.__init__, Updater.__call__
+
+    def with_prior(self, *args):
+        real_init(self, *args)
+        self.updater.train_module.method.register_buffer("prior", torch.ones(4))
+
+    def break_after(self, raw, step):
+        loss = real_call(self, raw, step)
+        if step == 2:
+            with torch.no_grad():
+                broken = BREAKS[name](self)
+                broken[(-1,) * broken.ndim] = value
+        return loss
+
+    monkeypatch.setattr(Trainer, "__init__", with_prior)
+    monkeypatch.setattr(Updater, "__call__", break_after)
+    with pytest.raises(TrainingError, match=rf"state after update 3 is not finite \({name}.*last good checkpoint is"):
+        train(recipe)
+    run = only_run(tmp_path)
+    assert checkpoint.load(checkpoint.find(run)).state["step"] == 2
+    assert not (run / "metrics.jsonl").exists() or "eval" not in {line["kind"] for line in metric_lines(run)}
 
 
 def test_a_full_disk_while_saving(tiny_data, tmp_path, monkeypatch):
@@ -98,6 +137,48 @@ def test_a_full_disk_while_logging(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(RunFolder, "add_metrics", refuse)
     with pytest.raises(FastSSLError, match="No space left on device"):
         train(tiny_recipe(tiny_data, tmp_path))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES])
+def test_only_a_full_disk_is_told_to_free_space(tiny_data, tmp_path, monkeypatch, code):
+    def refuse(path, content):
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(checkpoint, "write_synced", refuse)
+    with pytest.raises(CheckpointError, match=f"{os.strerror(code)}: .*student.safetensors") as error:
+        train(tiny_recipe(tiny_data, tmp_path))
+    assert ("free space" in str(error.value)) == (code in (errno.ENOSPC, errno.EDQUOT))
+    assert ("free space" in str(broken_disk(tmp_path, OSError(code, os.strerror(code))))) == (code in (errno.ENOSPC, errno.EDQUOT))
+
+
+def test_a_run_folder_that_disappears(tiny_data, tmp_path):
+    with pytest.raises(CheckpointError, match="cannot write .*No such file or directory"):
+        train(tiny_recipe(tiny_data, tmp_path, "log.every=1"), stop=lambda finished: finished == 2 and shutil.rmtree(only_run(tmp_path)))
+
+
+@pytest.mark.parametrize(("where", "words"), [("/proc/x", "No such file or directory"), ("file", "Not a directory"), ("file/below", "Not a directory")])
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_an_unusable_runs_dir_is_one_error(tiny_data, tmp_path, where, words, resume):
+    (tmp_path / "file").write_text("a regular file")
+    with pytest.raises(CheckpointError, match=f"cannot write .*({words}|File exists).*choose another runs_dir"):
+        train(tiny_recipe(tiny_data, tmp_path / where), resume=resume)
+
+
+def test_an_unusable_runs_dir_ends_every_rank(tiny_data, tmp_path):
+    """Two ranks without a launcher, so that nobody ends the one for the other: each says it and ends with status 2; none waits."""
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_recipe(tiny_data, tmp_path / "r.yaml" / "runs", method="erm"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [run_python("-m", "fastssl", "train", str(recipe), env={**world, "RANK": r, "LOCAL_RANK": r}, wait=False) for r in "01"]
+    try:
+        outputs = [rank.communicate(timeout=PATIENCE_S)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [2, 2], outputs
+    assert "error: cannot write" in outputs[0] and not any("Traceback" in output for output in outputs)
 
 
 @pytest.mark.parametrize("resume", ["auto", "path"])

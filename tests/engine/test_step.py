@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.engine.launch import launch
@@ -41,6 +42,70 @@ def test_an_update_reads_nothing_back(tiny_data, tmp_path, method):
 def test_no_read_back_would_be_noticed():
     with NoReadBack(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         torch.ones(1).item()
+
+
+class OpStream(TorchDispatchMode):
+    """Writes down every operation with all its arguments that are not tensors, and the value of every tensor that the host makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = pytree.tree_leaves((args, kwargs or {}))
+        from_host = [leaf.tolist() for leaf in leaves if isinstance(leaf, torch.Tensor)] if "lift_fresh" in str(func) else []
+        self.ops.append((str(func), [str(leaf) for leaf in leaves if not isinstance(leaf, torch.Tensor)], from_host))
+        return func(*args, **(kwargs or {}))
+
+
+def op_streams(trainer, steps, call):
+    """The operations of ``call(updater, raw, step)`` at the last three of ``steps`` updates; the first may set things up."""
+    streams, updater = [], trainer.updater
+    with trainer._feed() as feed:
+        for step in range(steps):
+            raw = feed.next()
+            with OpStream() as stream:
+                call(updater, raw, step)
+            streams.append(stream.ops)
+    return streams[-3:]
+
+
+# Laws that treat all rows alike: on the CPU the reference renderer groups rows by which law was drawn for them.
+ALIKE = ("augment.weak=[{flip: {}}, {pad_crop: {pad: 1}}]", "augment.strong=[{flip: {}}, {cutout: {side: 4}}]")
+EVERYTHING = ("optim.clip_norm=1.0", "train.steps_per_epoch=2", "schedule.name=cosine_7_16", "schedule.warmup_steps=3", "teacher.momentum_law=warmup")
+
+
+@pytest.mark.parametrize("method", ["fixmatch", "erm"])
+@pytest.mark.parametrize("optimizer", [(), ("optim.name=adamw",)])
+def test_an_update_reads_nothing_that_changes_on_the_host(tiny_data, tmp_path, method, optimizer):
+    """Real renderer, a rate that changes at every update, epochs that end: the same operations with the same scalars, so a graph may replay them."""
+    trainer = make_trainer(tiny_data, tmp_path, *ALIKE, *EVERYTHING, *optimizer, method=method)
+
+    def prepared(updater, raw, step):
+        updater.update(raw)
+
+    first, second, third = op_streams(trainer, 5, prepared)
+    assert len(first) > 100 and first == second == third
+    assert int(trainer.updater.clock.tensors.step) == 5 and int(trainer.updater.clock.tensors.epoch) == 2, "the clock ticks inside"
+
+
+def test_a_rate_from_the_host_would_be_noticed(tiny_data, tmp_path):
+    """The whole call does write the host's rate: outside of ``update``, and the recorder sees it."""
+    streams = op_streams(make_trainer(tiny_data, tmp_path, *ALIKE, *EVERYTHING), 4, lambda updater, raw, step: updater(raw, step))
+    differing = {a[0] for one, other in zip(streams, streams[1:], strict=False) for a, b in zip(one, other, strict=True) if a != b}
+    assert differing == {"aten.fill_.Scalar"}
+
+
+def test_the_rate_of_an_update_is_on_the_device_before_it(tiny_data, tmp_path):
+    trainer = make_trainer(tiny_data, tmp_path, *EVERYTHING)
+    updater, seen = trainer.updater, []
+    real = updater.update
+    updater.update = lambda raw: seen.append([float(group["lr"]) for group in updater.optimizer.param_groups]) or real(raw)
+    with trainer._feed() as feed:
+        for step in range(4):
+            updater(feed.next(), step)
+    assert seen == [[pytest.approx(updater.learning_rate(step))] * len(updater.optimizer.param_groups) for step in range(4)]
+    assert len({rates[0] for rates in seen}) == 4 and updater.clock.step == 4
 
 
 def test_views_are_row_ranges_of_one_buffer_and_never_move(tiny_data, tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import nn
 
 from fastssl.errors import RecipeError
+from fastssl.models.norm import GroupedBatchNorm
 from fastssl.models.zoo import build_network, list_models
 from fastssl.schema import BatchNormConfig, ModelConfig
 from fastssl.types import HeadSpec
@@ -116,7 +116,7 @@ def test_bottleneck_neck_feeds_classifier_and_heads():
     assert network.feat_dim == 48 == network.classifier.in_features == network.heads.h.in_features
     layer = network.neck[0]
     assert layer.weight.std().item() == pytest.approx(0.005, rel=0.05) and torch.all(layer.bias == 0.1)
-    assert isinstance(network.neck[1], nn.BatchNorm1d) and network.neck[3].p == 0.25
+    assert isinstance(network.neck[1], GroupedBatchNorm) and network.neck[3].p == 0.25
     assert (network.train()(torch.randn(4, 3, 16, 16)).feat_ND >= 0).all()
 
 
@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_weights():
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_batchnorm_overrides_reach_every_layer_and_one_group_keeps_plain_layers():
+def test_batchnorm_overrides_reach_every_layer():
     network = build_network(ModelConfig("small_cnn"), in_channels=3, num_classes=2, batchnorm=BatchNormConfig(momentum=0.25, eps=0.5))
-    layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(layers) == 3 and all(type(m) is nn.BatchNorm2d and m.momentum == 0.25 and m.eps == 0.5 for m in layers)
+    layers = [m for m in network.modules() if isinstance(m, GroupedBatchNorm)]
+    assert len(layers) == 3 and all(m.groups == 1 and m.momentum == 0.25 and m.eps == 0.5 for m in layers)

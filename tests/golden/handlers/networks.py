@@ -46,7 +46,7 @@ def _replay(rec: Recorder, model: ModelConfig, heads: dict[str, str]) -> None:
     rec.check("param_decay", np.array([name in decayed for name, _ in named]))
 
     fill([parameter for _, parameter in named], names)
-    first_norm = next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d))
+    first_norm = next(module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
     x = rec.input("x")
     with torch.no_grad():
         rec.check("logits_train", network.train()(x).logits_NC, TOLERANCE, FLOOR)
