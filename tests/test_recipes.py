@@ -27,7 +27,7 @@ def test_recipe_resolves_and_explains_itself(entry, tmp_path, monkeypatch):
     assert load_recipe(tmp_path / "config.yaml") == recipe
 
 
-@pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.short.startswith("demo/")], ids=lambda e: e.short)
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.short)
 def test_header_of_a_published_recipe(entry):
     text = entry.path.read_text(encoding="utf-8")
     assert text.startswith("# Paper:") and f"\n# Command:  fastssl train {entry.short}\n" in text
