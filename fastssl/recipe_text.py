@@ -95,7 +95,8 @@ def _convert(node: yaml.Node, loader: _Loader, origin: str, place: str, lines: b
             if key in values:
                 raise RecipeError(f"{at}: the key {key!r} is given twice (first at {values[key].where}); keep one")
             name, colon, rest = key.partition(":")
-            if name and colon and rest and isinstance(value_node, yaml.ScalarNode) and not value_node.value and key_node.style is None:
+            nothing = isinstance(value_node, yaml.ScalarNode) and not value_node.value and value_node.style is None  # not even quotes
+            if name and colon and rest and nothing and key_node.style is None:
                 raise MissingBlank(f"{at}: {key!r} is a key without a value; YAML needs a blank after ':', so write {name}: {rest.strip()}")
             found = _convert(value_node, loader, origin, place, lines)
             values[key] = Given(found.value, origin, at, found.text)
