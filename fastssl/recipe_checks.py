@@ -64,7 +64,7 @@ def check(recipe: Recipe, method: Any, fail: Fail) -> None:
 def _check_data(recipe: Recipe, fail: Fail, reads_unlabeled: bool) -> None:
     if reads_unlabeled and recipe.data.unlabeled_batch < 1:
         fail("data.unlabeled_batch", f"must be at least 1: {recipe.method.name} reads unlabelled images")
-    if recipe.data.device_resident == "yes" and recipe.data.source in ("ffcv", "dali"):
+    if recipe.data.device_resident == "yes" and recipe.data.source == "ffcv":
         fail("data.device_resident", f"only the arrays source can keep a dataset on the device, not data.source={recipe.data.source}")
 
 

@@ -23,7 +23,7 @@ def key(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = key("", "converted dataset folder (the one that holds dataset.json)")
-    source: str = key("auto", "who delivers canvases; auto = the dataset folder's own format", ("auto", "arrays", "ffcv", "dali"))
+    source: str = key("auto", "who delivers canvases; auto = the dataset folder's own format", ("auto", "arrays", "ffcv"))
     split: str = key("", "label split: a name in <path>/splits/ or a path to a split .json")
     eval_on: str = key("test", "evaluate on the official test split, or on the validation rows that the label split holds out of train", ("test", "validation"))
     labeled_batch: int = key(64, "labelled images per update")
