@@ -6,6 +6,7 @@ Heavy imports happen inside the verbs, so that ``--help`` and ``recipes`` answer
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import os
 import sys
@@ -120,6 +121,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fastssl recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """End the process group before the interpreter does: gloo's threads abort a process (status -6) that exits while a peer hangs up."""
+    distributed = sys.modules.get("torch.distributed")  # not imported for this: most verbs never load torch
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a peer that is gone already
+            distributed.destroy_process_group()
 
 
 def _train(args: argparse.Namespace) -> int:
