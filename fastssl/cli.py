@@ -112,12 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _end(2)
     except KeyboardInterrupt:
         if debug:
             raise
         print("interrupted", file=sys.stderr)
-        return 130
+        return _end(130)
     except BrokenPipeError:  # `fastssl recipes | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -127,10 +127,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _leave_process_group() -> None:
     """End the process group before the interpreter does: gloo's threads abort a process (status -6) that exits while a peer hangs up."""
-    distributed = sys.modules.get("torch.distributed")  # not imported for this: most verbs never load torch
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+    distributed = _process_group()
+    if distributed is not None:
         with contextlib.suppress(RuntimeError):  # a peer that is gone already
             distributed.destroy_process_group()
+
+
+def _end(status: int) -> int:
+    """``status``; a rank of several stops here and now, because even ending its process group can abort it once its peers have gone."""
+    if _process_group() is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _process_group() -> Any:
+    distributed = sys.modules.get("torch.distributed")  # not imported for this: most verbs never load torch
+    return distributed if distributed is not None and distributed.is_available() and distributed.is_initialized() else None
 
 
 def _train(args: argparse.Namespace) -> int:

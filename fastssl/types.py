@@ -28,7 +28,8 @@ class RawBatch:
     """
 
     pixels_BHWC: Tensor  # uint8 canvas; only [:h, :w] of each row is image, the rest is undefined padding
-    extent_B2: Tensor  # int32, valid (height, width)
+    extent_B2: Tensor  # int32, valid (height, width) of the canvas
+    size_B2: Tensor  # int32, (height, width) of the image itself, before any reduction at conversion or decoding; crop laws are drawn on it
     row_B: Tensor  # int64, stable row of the dataset
     index_B: Tensor  # int64
     draw_B: Tensor  # int64
@@ -49,6 +50,7 @@ class RawBatch:
         return cls(
             pixels_BHWC=make(batch, height, width, channels, dtype=torch.uint8),
             extent_B2=make(batch, 2, dtype=torch.int32).zero_(),
+            size_B2=make(batch, 2, dtype=torch.int32).zero_(),
             row_B=ids(),
             index_B=ids(),
             draw_B=ids(),
@@ -72,7 +74,7 @@ class RawBatch:
 
 @dataclass(frozen=True)
 class View:
-    """A method's wish: this stream's rows, rendered by this policy slot ("weak", "strong") of the recipe.
+    """A method's wish: this stream's rows, rendered by this policy slot ("weak", "strong", or a name in ``augment.extra``) of the recipe.
 
     ``size`` overrides the recipe's view side in pixels (multi-crop methods).
     """
@@ -132,7 +134,7 @@ class ClockTensors:
 
 @dataclass
 class Batch:
-    """Everything but pixels that a method's forward may read."""
+    """Everything but pixels that a method's forward may read. ``draws`` holds what the method's ``draws`` asked for, new numbers at each step."""
 
     labeled: StreamBatch
     unlabeled: StreamBatch | None
@@ -142,7 +144,7 @@ class Batch:
 
 @dataclass
 class Out:
-    """A network's answer for one view. ``heads`` holds extra heads by name, un-normalised."""
+    """A network's answer for one view. ``heads`` holds extra heads by name, un-normalised; heads on request are not in it."""
 
     logits_NC: Tensor
     feat_ND: Tensor
@@ -169,15 +171,38 @@ class Loss:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """An extra head on the features: ``kind`` names a builder in ``models/heads.py`` and ``options`` its arguments."""
+    """An extra head on the features: ``kind`` names a builder in ``models/heads.py`` and ``options`` its arguments.
+
+    ``on_request``: the network does not answer with it; the method applies it itself, ``student.head(name, feat)``, to the features it wants
+    (some views only, or a changed gradient).
+    """
 
     kind: str
     options: dict[str, object] = field(default_factory=dict)
+    on_request: bool = False
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers that a method wants at every step, keyed by (seed, step or draw_B, name) and so equal at any world size and after a resume.
+
+    ``permutation``: int64 [length], the same on every rank: of rows of the GLOBAL batch.
+    ``uniform``: float32 [length] in [0, 1), the same on every rank.   ``beta``: float32 [length] of Beta(alpha, alpha), the same on every rank.
+    ``normal``: float32 standard normal numbers in the shape of the view ``like`` on this rank, keyed row by row; ``length`` is ignored.
+    """
+
+    kind: Literal["permutation", "uniform", "beta", "normal"]
+    length: int = 1
+    alpha: float = 1.0
+    like: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The sizes a method may depend on. Batch sizes are global (summed over ranks)."""
+    """The sizes a method may depend on. Batch sizes are global (summed over ranks).
+
+    ``labeled_labels[i]`` is the label of the labelled row with ``index_B`` = i; empty where nobody gave it.
+    """
 
     num_classes: int
     num_labeled: int
@@ -187,3 +212,4 @@ class Task:
     unlabeled_batch: int
     total_steps: int
     steps_per_epoch: int
+    labeled_labels: tuple[int, ...] = ()

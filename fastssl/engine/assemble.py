@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import nn
 
 from fastssl.augment import build_policy, check_backend
 from fastssl.engine.launch import cores_per_process
+from fastssl.engine.optim import freeze
 from fastssl.engine.scoring import Evaluator
 from fastssl.errors import DataError, RecipeError
 from fastssl.methods import get as get_method
@@ -24,7 +26,7 @@ from fastssl.sources.manifest import LabelSplit, Manifest, load_manifest, load_s
 from fastssl.sources.order import parse_order
 from fastssl.types import Task, View
 
-SLOTS = ("weak", "strong", "eval")  # the policies a recipe has
+SLOTS = ("weak", "strong", "eval")  # the policies every recipe has; augment.extra adds more
 MAX_WORKERS = 8
 RESIDENT_SHARE = 0.25  # of the device's memory that a dataset may take under data.device_resident: auto
 
@@ -62,6 +64,8 @@ def open_data(recipe: Recipe, device: torch.device) -> Data:
     split = load_split(manifest, recipe.data.split)
     if len(split.labeled) == 0:
         raise DataError(f"label split {split.name!r} has no labeled rows; there is nothing to learn classes from")
+    if get_method(recipe.method.name).labeled_rows == "all":
+        split = replace(split, labeled=np.sort(np.concatenate([split.labeled, split.unlabeled])))
     unlabeled = np.sort(np.concatenate([split.labeled, split.unlabeled])) if recipe.data.include_labeled else np.asarray(split.unlabeled)
     source = open_rows(recipe, manifest, split.of, device)
     return Data(manifest, split, source, unlabeled.astype(np.int64), device)
@@ -73,7 +77,8 @@ def open_rows(recipe: Recipe, manifest: Manifest, split: str, device: torch.devi
     info = manifest.split(split)
     size = info.count * info.max_height * info.max_width * manifest.channels
     fits = device.type == "cuda" and manifest.format == "arrays" and size < torch.cuda.get_device_properties(device).total_memory * RESIDENT_SHARE
-    resident = device if wish == "yes" or (wish == "auto" and fits) else None
+    decodes = recipe.data.source == "dali" and device.type == "cuda"  # DALI's decoder writes where the trainer reads
+    resident = device if wish == "yes" or (wish == "auto" and fits) or decodes else None
     return open_source(recipe.data.path, split, kind=recipe.data.source, workers=workers_of(recipe), device=resident)
 
 
@@ -85,6 +90,7 @@ def build_task(recipe: Recipe, data: Data) -> Task:
         num_classes=classes,
         num_labeled=len(data.split.labeled),
         num_unlabeled=len(data.unlabeled_rows),
+        labeled_labels=tuple(data.labels_N[data.split.labeled].tolist()),
         labeled_class_counts=tuple(int(n) for n in counts),
         labeled_batch=recipe.data.labeled_batch,
         unlabeled_batch=recipe.data.unlabeled_batch,
@@ -111,22 +117,28 @@ def build_streams(recipe: Recipe, data: Data, *, unlabeled: bool) -> list[Stream
 
 
 def build_slot(recipe: Recipe, slot: str, manifest: Manifest, channels: int, size: int | None = None) -> Any:
-    """The compiled policy of a recipe slot ("weak", "strong", "eval") at ``size`` pixels (default: the recipe's)."""
-    if slot not in SLOTS:
-        raise RecipeError(f"the method asks for a view policy {slot!r}; a recipe has {', '.join(SLOTS)}")
+    """The compiled policy of a recipe slot ("weak", "strong", "eval", or a name in ``augment.extra``) at ``size`` pixels (default: the recipe's)."""
     a = recipe.augment
+    if slot not in SLOTS and slot not in a.extra:
+        have = ", ".join([*SLOTS, *a.extra])
+        raise RecipeError(f"the method asks for a view policy {slot!r}; this recipe has {have}: name one under augment.extra")
     mean, std = (list(measured) if wish == "dataset" else list(wish) for wish, measured in ((a.mean, manifest.mean), (a.std, manifest.std)))
     for key, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             raise RecipeError(f"augment.{key} has {len(values)} numbers, but the images have {channels} channel(s)")
-    policy = build_policy(getattr(a, slot), size=size or a.size, channels=channels, mean=mean, std=std)
+    policy = build_policy(getattr(a, slot) if slot in SLOTS else a.extra[slot], size=size or a.size, channels=channels, mean=mean, std=std)
     check_backend(policy, a.backend)
     return policy
 
 
 def build_view_policies(recipe: Recipe, views: Mapping[str, View], manifest: Manifest, channels: int) -> dict[str, Any]:
-    """View name -> its compiled policy."""
-    return {name: build_slot(recipe, view.policy, manifest, channels, view.size) for name, view in views.items()}
+    """View name -> its compiled policy; ``augment.extra`` may hold another one for a stream, named ``labeled_weak``."""
+
+    def slot(view: View) -> str:
+        of_stream = f"{view.stream}_{view.policy}"
+        return of_stream if of_stream in recipe.augment.extra else view.policy
+
+    return {name: build_slot(recipe, slot(view), manifest, channels, view.size) for name, view in views.items()}
 
 
 def build_network_and_method(recipe: Recipe, manifest: Manifest, channels: int, task: Task, world: int) -> tuple[nn.Module, Method]:
@@ -140,6 +152,10 @@ def build_network_and_method(recipe: Recipe, manifest: Manifest, channels: int, 
         batchnorm=recipe.batchnorm,
         world=world,
     )
+    frozen = method_class.frozen(config)
+    if frozen:
+        freeze(network, frozen)
+        network.eval_backbone = not any(p.requires_grad for p in network.backbone.parameters())
     return network, method_class(config, task)
 
 
@@ -171,4 +187,5 @@ def build_evaluator(recipe: Recipe, manifest: Manifest, split: LabelSplit | None
         seed=recipe.seed,
         backend=recipe.augment.backend,
         stall_timeout_s=recipe.data.stall_timeout_s,
+        predict=partial(get_method(recipe.method.name).predict, recipe.method.config),
     )

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from fastssl.engine.assemble import Data, build_network_and_method
 from fastssl.engine.clock import Clock, LearningRate
+from fastssl.engine.draws import MethodDraws
 from fastssl.engine.launch import seed_dropout, seed_weights
 from fastssl.engine.meters import Meters
 from fastssl.engine.optim import build_optimizer
@@ -36,7 +37,7 @@ def build_updater(
     method.to(device)
     if recipe.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    teacher = Teacher(network, recipe.teacher, recipe.train.steps) if recipe.teacher.enabled else None
+    teacher = Teacher(network, recipe.teacher, recipe.train.steps).bind(network) if recipe.teacher.enabled else None
     reads_teacher = get_method(recipe.method.name).needs_teacher(recipe.method.config)
     if teacher is None and reads_teacher:
         raise RecipeError(f"method {recipe.method.name} reads a teacher, but teacher.enabled is false")
@@ -58,6 +59,7 @@ def build_updater(
         teacher=teacher,
         teacher_when=recipe.teacher.when,
         teacher_forward=teacher if reads_teacher else None,
+        draws=MethodDraws(method.draws(recipe.method.config, task), views, seed=recipe.seed, device=device),
         clip_norm=recipe.optim.clip_norm,
     )
     seed_dropout(recipe, accelerator.process_index)

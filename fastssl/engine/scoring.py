@@ -5,14 +5,14 @@ Accuracies are in percent, 0..100. Counts are integers until the last division, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassStatScores
@@ -20,9 +20,13 @@ from torchmetrics.classification import MulticlassStatScores
 from fastssl.augment import draw, render
 from fastssl.parallel import sum_over_ranks
 from fastssl.sources.feed import eval_batches
-from fastssl.types import STREAM_IDS
+from fastssl.types import STREAM_IDS, Out
 
 PADDING = -1  # label of slots behind the end of the list; never counted
+
+
+def _logits(out: Out) -> Tensor:
+    return out.logits_NC
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Evaluator:
     backend: str = "auto"
     ahead: int = 2
     stall_timeout_s: float = 120.0
+    predict: Callable[[Out], Tensor] = _logits  # which of a network's answers is scored
 
     @torch.no_grad()
     def __call__(self, networks: Mapping[str, nn.Module], accelerator: Accelerator) -> dict[str, dict[str, Any]]:
@@ -60,12 +65,14 @@ class Evaluator:
                 network.eval()
             where = {"device": device, "ahead": self.ahead, "stall_timeout_s": self.stall_timeout_s}
             for raw in eval_batches(self.source, self.rows_N, self.labels_N, per_rank, world, accelerator.process_index, **where):
-                plan = draw(self.policy, seed=self.seed, stream=STREAM_IDS["eval"], view=0, draw_B=raw.draw_B.clamp(min=0), extent_B2=raw.extent_B2)
+                plan = draw(
+                    self.policy, seed=self.seed, stream=STREAM_IDS["eval"], view=0, draw_B=raw.draw_B.clamp(min=0), extent_B2=raw.extent_B2, size_B2=raw.size_B2
+                )
                 render(self.policy, plan, raw.pixels_BHWC, raw.extent_B2, views, backend=self.backend)
                 label_B = torch.where(raw.index_B >= 0, raw.label_B, PADDING)
                 for name, network in networks.items():
                     with accelerator.autocast():
-                        logits_BK = network(views).logits_NC.float()
+                        logits_BK = self.predict(network(views)).float()
                     losses[name] += F.cross_entropy(logits_BK, label_B, ignore_index=PADDING, reduction="none").double().sum()
                     scores[name].update(logits_BK, label_B)
         finally:

@@ -5,7 +5,7 @@ Shape letters: see fastssl/types.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from fastssl.augment import draw, render
 from fastssl.engine.clock import Clock, LearningRate
+from fastssl.engine.draws import MethodDraws
 from fastssl.engine.meters import Meters
 from fastssl.engine.optim import clip_grad, set_lr
-from fastssl.methods.base import Forward, Method
+from fastssl.methods.base import Forward, Method, TeacherForward
 from fastssl.models.ema import Teacher
-from fastssl.models.joint import joint_forward
+from fastssl.models.joint import NetworkForward
 from fastssl.models.norm import sync_running_stats
 from fastssl.types import STREAM_IDS, Batch, Loss, RawBatch, StreamBatch, View, Views
 
@@ -31,12 +32,9 @@ class TrainModule(nn.Module):
         super().__init__()
         self.network = network
         self.method = method
+        self.student: Forward = NetworkForward(network)
 
-    def student(self, *views: Tensor) -> Any:
-        """Several views in one call are one joint forward (one BatchNorm batch)."""
-        return joint_forward(self.network, *views)
-
-    def forward(self, views: Views, batch: Batch, teacher: Forward | None) -> Loss:
+    def forward(self, views: Views, batch: Batch, teacher: TeacherForward | None) -> Loss:
         return self.method(views, batch, self.student, teacher)
 
 
@@ -69,16 +67,36 @@ class ViewRenderer:
             self._out.update(zip(names, buffer.split(lengths), strict=True))
         self.buffers = Views({name: self._out[name] for name in self.views})
 
+    def one(self, name: str, rows: int) -> Callable[[RawBatch], Tensor]:
+        """A renderer of view ``name`` alone for batches of ``rows`` rows, in a buffer of its own; the numbers are those of draw position ``draw_B``."""
+        view, out = self.views[name], self._out[name]
+        buffer = torch.zeros(rows, *out.shape[1:], device=out.device).to(memory_format=torch.channels_last)
+
+        @torch.no_grad()
+        def render_one(raw: RawBatch) -> Tensor:
+            self._render(name, view, raw, buffer)
+            return buffer
+
+        return render_one
+
     @torch.no_grad()
     def __call__(self, raw: Mapping[str, RawBatch]) -> Views:
         """Overwrite the buffers with this step's views. The returned tensors are the same ones at every step."""
-        for view_id, (name, view) in enumerate(self.views.items()):
-            rows = raw[view.stream]
-            plan = draw(
-                self.policies[name], seed=self.seed, stream=STREAM_IDS[view.stream], view=view_id, draw_B=rows.draw_B, extent_B2=rows.extent_B2
-            )
-            render(self.policies[name], plan, rows.pixels_BHWC, rows.extent_B2, self._out[name], backend=self.backend)
+        for name, view in self.views.items():
+            self._render(name, view, raw[view.stream], self._out[name])
         return self.buffers
+
+    def _render(self, name: str, view: View, rows: RawBatch, out: Tensor) -> None:
+        plan = draw(
+            self.policies[name],
+            seed=self.seed,
+            stream=STREAM_IDS[view.stream],
+            view=list(self.views).index(name),
+            draw_B=rows.draw_B.clamp_min(0),  # -1 is padding
+            extent_B2=rows.extent_B2,
+            size_B2=rows.size_B2,
+        )
+        render(self.policies[name], plan, rows.pixels_BHWC, rows.extent_B2, out, backend=self.backend)
 
 
 @dataclass
@@ -95,7 +113,8 @@ class Updater:
     meters: Meters
     teacher: Teacher | None
     teacher_when: str  # after_step, before_forward, by_method
-    teacher_forward: Forward | None  # None for methods that read no teacher
+    teacher_forward: TeacherForward | None  # None for methods that read no teacher
+    draws: MethodDraws
     clip_norm: float
 
     def __call__(self, raw: Mapping[str, RawBatch], step: int) -> Loss:
@@ -116,6 +135,7 @@ class Updater:
         batch = Batch(StreamBatch.of(raw["labeled"]), StreamBatch.of(unlabeled) if unlabeled else None, self.clock.tensors)
 
         views = self.renderer(raw)
+        batch.draws = self.draws(raw, views, self.clock.tensors.step)
         if self.teacher is not None and self.teacher_when == "before_forward":
             self.teacher.update(network)
         loss = self.module(views, batch, self.teacher_forward)

@@ -14,6 +14,7 @@ from fastssl.engine.assemble import build_evaluator, build_streams, build_task, 
 from fastssl.engine.build import build_updater
 from fastssl.engine.capture import decide_capture
 from fastssl.engine.launch import check_batches, launch, leave_group_at_exit
+from fastssl.engine.prepare import prepare_method
 from fastssl.engine.progress import Display
 from fastssl.engine.resume import choose_run, on_main
 from fastssl.engine.runfolder import RunFolder, begin, broken_disk, device_name, environment, is_about, read_json
@@ -133,6 +134,8 @@ class Trainer:
         for note in [f"run folder {path}", *notes, self._sizes()]:
             self.run.log(note)
         if snapshot is None:
+            if prepare_method(self.updater, self.streams, self.views):
+                self.run.log("the method has looked at its teacher's predictions")
             self._draw_views()
 
     def _resume(self, snapshot: checkpoint.Snapshot) -> list[str]:
@@ -199,6 +202,7 @@ class Trainer:
         recipe, method = self.recipe, self.updater.train_module.method
         total, epoch_length = recipe.train.steps, recipe.train.steps_per_epoch
         with self._feed() as feed:
+            self.run.log(feed.describe())
             self.watch.run()
             while self.step < total:
                 if self.step % epoch_length == 0:
@@ -236,6 +240,7 @@ class Trainer:
             ahead=recipe.data.ahead,
             device=accelerator.device,
             stall_timeout_s=recipe.data.stall_timeout_s,
+            pack=recipe.data.pack,
         )
 
     def log(self) -> None:

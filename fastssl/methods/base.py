@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastssl.types import Batch, HeadSpec, Loss, Task, View, Views
+from fastssl.types import Batch, Draw, HeadSpec, Loss, Out, Task, View, Views
 
-Forward = Callable[..., Any]
-"""``student(a)`` -> Out; ``student(a, b)`` -> (Out, Out) from ONE joint forward (one BatchNorm batch); separate calls = separate statistics."""
+
+class Forward(Protocol):
+    """A network as a method sees it. The teacher's answers carry no gradient."""
+
+    def __call__(self, *views: Tensor) -> Any:
+        """``net(a)`` -> Out; ``net(a, b)`` -> (Out, Out) from ONE joint forward (one BatchNorm batch); separate calls = separate statistics."""
+
+    def head(self, name: str, *feats: Tensor) -> Any:
+        """Apply an on-request head to features: one tensor -> one tensor, several -> a tuple from ONE joint forward (one BatchNorm batch)."""
+
+
+class TeacherForward(Forward, Protocol):
+    """The teacher; ``follow`` moves its average towards the student at once (methods with ``moves_teacher``, under ``teacher.when=by_method``)."""
+
+    def follow(self) -> None: ...
+
+
+Predict = Callable[[str], Iterator[tuple[Tensor, Out]]]
+"""``predict(view)`` yields (index_B, Out) with each row of the view's stream exactly once: the TEACHER in eval mode, no gradient, one draw of the view."""
 
 
 class Method(nn.Module):
@@ -19,6 +36,11 @@ class Method(nn.Module):
 
     A subclass owns one file, declares ``Config`` (frozen dataclass, every published quirk a named field) and implements ``views``
     and ``forward``.  It never touches devices, data, the network's internals or the host: no ``.item()``, no boolean-mask indexing.
+
+    ``Loss.total`` of a rank is scaled so that the mean over ranks is the spec's formula on the GLOBAL batch: means over rows need nothing (ranks hold
+    equally many rows), sums over rows times the world size, data-dependent denominators and statistics through ``fastssl.parallel`` first.
+    Buffers are replicated: write them from rows gathered over ranks, so that every rank holds the same.
+    What ``forward`` must hand to ``after_backward`` goes through :meth:`keep` and :meth:`kept`.
     """
 
     @dataclass(frozen=True)
@@ -28,11 +50,14 @@ class Method(nn.Module):
     needs_unlabeled: ClassVar[bool] = True
     moves_teacher: ClassVar[bool] = False
     """Whether the method itself moves the teacher's average; ``teacher.when=by_method`` is refused otherwise."""
+    labeled_rows: ClassVar[Literal["split", "all"]] = "split"
+    """"all": every row of the split's dataset is labelled with its true label (the oracle)."""
 
     def __init__(self, config: Any, task: Task):
         super().__init__()
         self.config = config
         self.task = task
+        self._kept: dict[str, Tensor] = {}
 
     @staticmethod
     def views(config: Any) -> dict[str, View]:
@@ -45,11 +70,29 @@ class Method(nn.Module):
         return {}
 
     @staticmethod
+    def draws(config: Any, task: Task) -> dict[str, Draw]:
+        """Random numbers of each step, found in ``batch.draws`` under the same names."""
+        return {}
+
+    @staticmethod
     def needs_teacher(config: Any) -> bool:
         """Whether ``forward`` calls the teacher (an EMA kept only for evaluation does not count)."""
         return False
 
-    def forward(self, v: Views, batch: Batch, student: Forward, teacher: Forward | None) -> Loss:
+    @staticmethod
+    def frozen(config: Any) -> tuple[str, ...]:
+        """Regular expressions of network parameters that are never trained (beside ``optim.freeze``); ``backbone`` frozen also means its eval mode."""
+        return ()
+
+    @staticmethod
+    def predict(config: Any, out: Out) -> Tensor:
+        """Logits [N, K] that evaluation scores."""
+        return out.logits_NC
+
+    def prepare(self, predict: Predict) -> None:
+        """Called once before the first update of a fresh run (never after a resume): fill buffers from predictions of the starting teacher."""
+
+    def forward(self, v: Views, batch: Batch, student: Forward, teacher: TeacherForward | None) -> Loss:
         raise NotImplementedError
 
     def after_backward(self, batch: Batch) -> None:
@@ -61,4 +104,10 @@ class Method(nn.Module):
     def on_epoch_end(self, epoch: int) -> None:
         """In-place writes after the last step of epoch ``epoch``."""
 
+    def keep(self, **tensors: Tensor) -> None:
+        """Hold detached tensors of this step for ``after_backward``; no state: never saved, overwritten at the next step."""
+        self._kept = {name: tensor.detach() for name, tensor in tensors.items()}
 
+    def kept(self, name: str) -> Tensor:
+        """What :meth:`keep` holds."""
+        return self._kept[name]

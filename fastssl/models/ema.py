@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastssl.errors import RecipeError
 from fastssl.models.checkpoints import load_network
-from fastssl.models.joint import joint_forward
+from fastssl.models.joint import joint_forward, joint_head
 from fastssl.models.norm import sync_running_stats
 from fastssl.schema import TeacherConfig
 
@@ -61,6 +61,7 @@ class Teacher(nn.Module):
             raise RecipeError(f"teacher.mode is {cfg.mode!r}; it must be train or eval")
         self.cfg = cfg
         self.total_steps = total_steps
+        self._student: list[nn.Module] = []
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.frozen = cfg.start != "copy"
         if self.frozen:
@@ -81,6 +82,21 @@ class Teacher(nn.Module):
     def forward(self, *views: Tensor) -> Any:
         """Outs of the teacher for one or more views (one joint forward), without gradient."""
         return joint_forward(self.network, *views)
+
+    @torch.no_grad()
+    def head(self, name: str, *feats: Tensor) -> Any:
+        """An on-request head of the teacher on features, without gradient."""
+        return joint_head(self.network, name, *feats)
+
+    def bind(self, student: nn.Module) -> Teacher:
+        """Say whom :meth:`follow` follows."""
+        self._student = [student]  # in a list: the student is no part of the teacher's state
+        return self
+
+    def follow(self) -> None:
+        """Move towards the bound student once (methods that move the teacher themselves)."""
+        if self.cfg.when == "by_method":
+            self.update(self._student[0])
 
     def momentum(self) -> Tensor:
         """Momentum of the update numbered ``self.updates`` as a float64 scalar on the device; equals :func:`teacher_momentum`."""

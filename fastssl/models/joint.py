@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastssl.errors import RecipeError
 from fastssl.types import Out
+
+
+class NetworkForward:
+    """A network as methods call it: ``student(view, ...)`` and ``student.head(name, feat, ...)``."""
+
+    def __init__(self, network: nn.Module):
+        self.network = network
+
+    def __call__(self, *views: Tensor) -> Any:
+        return joint_forward(self.network, *views)
+
+    def head(self, name: str, *feats: Tensor) -> Any:
+        return joint_head(self.network, name, *feats)
 
 
 def regroup(sizes: Sequence[int], groups: int) -> tuple[Tensor, Tensor]:
@@ -41,12 +55,27 @@ def joint_forward(network: nn.Module, *views: Tensor) -> Out | tuple[Out, ...]:
     _check(sizes, groups)
     pieces = [view.chunk(groups) for view in views]
     out = network(torch.cat([piece[g] for g in range(groups) for piece in pieces]))
+    return tuple(Out(*parts) for parts in _split(out, _ungroup(sizes, groups)))
+
+
+def joint_head(network: nn.Module, name: str, *feats: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """The head ``name`` of ``network`` on several feature tensors [N_v, D] as ONE batch; a tensor for one, otherwise a tuple. Groups as above."""
+    head: nn.Module = network.heads[name]  # type: ignore[index,assignment]
+    sizes = [feat.shape[0] for feat in feats]
+    groups = int(getattr(network, "bn_groups", 1)) if network.training else 1
+    _check(sizes, groups)
+    if len(feats) == 1:
+        return head(feats[0])
+    if groups == 1:
+        return head(torch.cat(feats)).split(sizes)
+    pieces = [feat.chunk(groups) for feat in feats]
+    return tuple(_ungroup(sizes, groups)(head(torch.cat([piece[g] for g in range(groups) for piece in pieces]))))
+
+
+def _ungroup(sizes: Sequence[int], groups: int) -> Callable[[Tensor], list[Tensor]]:
+    """From rows in groups, each with an equal share of every view, back to the views."""
     shares = [size // groups for size in sizes]
-
-    def ungroup(t: Tensor) -> list[Tensor]:
-        return [part.flatten(0, 1) for part in t.unflatten(0, (groups, -1)).split(shares, dim=1)]
-
-    return tuple(Out(*parts) for parts in _split(out, ungroup))
+    return lambda t: [part.flatten(0, 1) for part in t.unflatten(0, (groups, -1)).split(shares, dim=1)]
 
 
 def concatenate(views: Sequence[Tensor]) -> Tensor:

@@ -67,7 +67,7 @@ def build_network(
         neck, feat_dim = _neck(neck_options, feat_dim)
     classifier = build_head("linear", feat_dim, {"out": num_classes, "init": classifier_init}, "model.options.classifier_init")
     extra = {name: build_head(spec.kind, feat_dim, spec.options, f"head {name!r}") for name, spec in (heads or {}).items()}
-    network = Network(backbone, feat_dim, classifier, extra, neck)
+    network = Network(backbone, feat_dim, classifier, extra, neck, [name for name, spec in (heads or {}).items() if spec.on_request])
     if model.weights:
         load_backbone(network.backbone, model.weights)
     convert_batchnorm(network, batchnorm or BatchNormConfig(), world)

@@ -91,7 +91,8 @@ def watch_weak_logits(trainer: Trainer) -> list[torch.Tensor]:
         outs.extend(out.logits_NC.detach() for out in (result if len(views) > 1 else [result]))
         return result
 
-    inner.student = watched  # type: ignore[method-assign]
+    watched.head = student.head  # type: ignore[attr-defined]
+    inner.student = watched  # type: ignore[assignment]
     return outs
 
 
