@@ -25,6 +25,7 @@ from fastssl.recipe_checks import check, value_of
 from fastssl.recipe_notes import field_notes
 from fastssl.recipe_text import COMMAND_LINE, Given, dump, parse_override, read_layer
 from fastssl.recipe_values import coerce, show, type_name
+from fastssl.recipe_variants import layers_of, pop_variants, split_name
 from fastssl.schema import MethodSpec, Recipe
 
 NOT_INHERITED = ("name", "title")
@@ -73,18 +74,32 @@ def schema_keys() -> list[str]:
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
-    """Read a recipe file (a path, or a short name below recipes/) and apply overrides ``a.b=value``. Raises RecipeError."""
-    file = find_recipe(path)
+    """Read a recipe file (a path, or a short name below recipes/, then ``@VARIANT`` where it has some) and apply overrides ``a.b=value``.
+
+    Raises RecipeError.
+    """
+    text, variant = split_name(str(path))
+    file = find_recipe(text)
     top = read_layer(file, "recipe")
     given: dict[str, Given] = {}
-    base = top.pop("extends", None)
+    base, variants = top.pop("extends", None), {}
     if base is not None:
         layer = _read_base(file, base)
+        variants = pop_variants(layer)
         _merge(given, {k: v for k, v in _flatten(layer).items() if k not in NOT_INHERITED})
+    own = pop_variants(top)
+    chosen = layers_of(variant, {**{k: v for k, v in variants.items() if k.startswith("_")}, **own}, text)
     _merge(given, _flatten(top))
-    given.setdefault("name", Given(file.stem, f"recipe {file}", str(file), file.stem))
+    name = f"{file.stem}_{variant}".replace("=", "") if variant else file.stem
+    given.setdefault("name", Given(name, f"recipe {file}", str(file), name))
+    if variant and "name" in top:
+        given["name"] = Given(f"{top['name'].plain()}_{variant}".replace("=", ""), top["name"].origin, top["name"].where)
+    if variant and "title" in top:
+        given["title"] = Given(f"{top['title'].plain()}, {variant}", top["title"].origin, top["title"].where)
+    for layer in chosen:
+        _merge(given, _flatten(layer))
     _merge(given, _flatten_overrides(overrides, given))
-    return _build(given, str(file))
+    return _build(given, str(path) if variant else str(file))
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -18,7 +18,7 @@ MAX_LINES = 400
 
 BOTTOM = {"types", "schema", "errors", ""}  # "" is the package itself (its version)
 LOW = BOTTOM | {"kernels", "functional", "parallel"}
-RECIPE = {"recipe", "recipe_text", "recipe_values", "recipe_checks", "recipe_list", "recipe_notes"}
+RECIPE = {"recipe", "recipe_text", "recipe_values", "recipe_checks", "recipe_list", "recipe_notes", "recipe_variants"}
 MIDDLE = {"methods", "augment", "sources", "models"}
 ENGINE = LOW | MIDDLE | RECIPE | {"engine", "launch_check"}
 ALLOWED: dict[str, set[str]] = {

@@ -1,0 +1,80 @@
+"""Walks every registered method through a few updates over an epoch's end and writes down what must not depend on the number of processes.
+
+Everything is computed in float64, where rounding cannot hide a wrong formula. Run by test_methods_on_ranks: once in its process, then once for each
+world size under torchrun. Usage: python -m tests.engine.method_worker DATA OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastssl import methods
+from fastssl.engine.launch import launch
+from fastssl.engine.prepare import prepare_method
+from fastssl.engine.train import Trainer
+from fastssl.parallel import rank, world_size
+from tests.engine.distributed_worker import digest, gather
+from tests.helpers import tiny_recipe
+
+STEPS = 5
+EVERY = ["batchnorm.groups=4", "data.labeled_batch=4", "data.unlabeled_batch=12", "train.steps_per_epoch=2", "train.steps=8", "optim.lr=0.01"]
+# What a method needs beside its defaults so that its terms are alive within five updates of a tiny network (and dropout, which draws per rank, is off).
+OVERRIDES: dict[str, list[str]] = {}
+
+
+def cases() -> dict[str, tuple[str, list[str]]]:
+    """Case name -> (method, overrides): every registered method once."""
+    return {name: (name, OVERRIDES.get(name, [])) for name in methods.names()}
+
+
+def run_case(data: Path, out: Path, method: str, overrides: list[str]) -> dict[str, Any]:
+    recipe = tiny_recipe(data, out / "runs", *EVERY, *overrides, method=method)
+    trainer = Trainer(recipe, launch(recipe), "digest")
+    updater, epoch_length = trainer.updater, recipe.train.steps_per_epoch
+    prepare_method(updater, trainer.streams, trainer.views)
+    losses, parts, state_sizes = [], [], 0
+    gradients: dict[str, torch.Tensor] = {}
+    with trainer._feed() as feed:
+        for step in range(STEPS):
+            if step % epoch_length == 0:
+                with torch.no_grad():
+                    updater.train_module.method.on_epoch_start(step // epoch_length)
+            loss = updater(feed.next(), step)
+            if (step + 1) % epoch_length == 0:
+                with torch.no_grad():
+                    updater.train_module.method.on_epoch_end(step // epoch_length)
+            totals = gather(float(loss.total.detach()))
+            losses.append(sum(totals) / len(totals))
+            parts.append({name: float(part) for name, part in loss.parts.items()})
+            if step == 0:
+                named = updater.train_module.network.named_parameters()
+                gradients = {name: p.grad.clone() for name, p in named if p.grad is not None}
+    state_sizes = sum(1 for _ in updater.train_module.method.state_dict())
+    state = {name: tensor.clone() for name, tensor in updater.train_module.state_dict().items()}
+    if updater.teacher is not None:
+        state |= {f"teacher.{name}": tensor.clone() for name, tensor in updater.teacher.state_dict().items()}
+    return {
+        "losses": losses, "parts": parts, "gradients": gradients, "state": state, "hashes": gather(digest(state)), "buffers": state_sizes,
+    }  # fmt: skip
+
+
+def main(data: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        results = {name: run_case(data, out, *case) for name, case in cases().items()}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if rank() == 0:
+        torch.save({"world": world_size(), "results": results}, out / "results.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    if dist.is_initialized():
+        dist.destroy_process_group()
