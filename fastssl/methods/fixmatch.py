@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastssl.functional import confidence, cross_entropy_rows
+from fastssl.functional import confidence, cross_entropy_rows, log_prior
 from fastssl.methods.base import Forward, Method
-from fastssl.types import Batch, Loss, PseudoLabels, View, Views
+from fastssl.types import Batch, Loss, PseudoLabels, Task, View, Views
 
 
 class FixMatch(Method):
@@ -33,6 +33,9 @@ class FixMatch(Method):
       strong_label_weight  L_s += a_s mean_i CE(z(x_s,i), t_i), a_s = 0.1            (Transfer-Learning-Library)
       separate_forwards    one forward, so one BatchNorm batch, per view, in the order x, x_s, u_w (no gradient), u_s (Transfer-Learning-Library)
       pseudo_labels        'teacher': q comes from the averaged network on u_w; the student sees [x; u_s]  (FixMatch-EMAN, arXiv:2101.08482)
+
+    ``logit_adjustment`` = a > 0 is the baseline for long-tailed labels (Menon et al., ICLR 2021, arXiv:2007.07314, equation 10): the labelled terms become
+    CE(z + a log p, t) with p the labelled class frequencies, so that z itself, which is tested and gives the pseudo-labels, belongs to balanced classes.
     """
 
     @dataclass(frozen=True)
@@ -43,13 +46,23 @@ class FixMatch(Method):
         strong_label_weight: float = 0.0  # a_s
         separate_forwards: bool = False
         pseudo_labels: Literal["student", "teacher"] = "student"
+        logit_adjustment: float = 0.0  # a
 
         def __post_init__(self) -> None:
-            for name in ("threshold", "unlabeled_weight", "strong_label_weight"):  # above 1 a threshold lets nothing pass: some published runs did that
+            # above 1 a threshold lets nothing pass: some published runs did that
+            for name in ("threshold", "unlabeled_weight", "strong_label_weight", "logit_adjustment"):
                 if getattr(self, name) < 0:
                     raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
             if self.pseudo_labels not in ("student", "teacher"):
                 raise ValueError(f"pseudo_labels = {self.pseudo_labels!r} must be 'student' or 'teacher'")
+
+    adjustment: Tensor
+
+    def __init__(self, config: Config, task: Task):
+        super().__init__(config, task)
+        if config.logit_adjustment:
+            counts_C = torch.tensor(task.labeled_class_counts, dtype=torch.get_default_dtype())
+            self.register_buffer("adjustment", log_prior(counts_C / counts_C.sum(), config.logit_adjustment), persistent=False)  # known from the split
 
     @staticmethod
     def views(config: Any) -> dict[str, View]:
@@ -67,9 +80,10 @@ class FixMatch(Method):
         config, label_B = self.config, batch.labeled.label_B
         logits = self._logits(v, student, teacher)
 
-        sup = cross_entropy_rows(logits["x"], label_B).mean()
+        labeled = {name: logits[name] + self.adjustment if config.logit_adjustment else logits[name] for name in logits if name in ("x", "x_s")}
+        sup = cross_entropy_rows(labeled["x"], label_B).mean()
         if config.strong_label_weight:
-            sup = sup + config.strong_label_weight * cross_entropy_rows(logits["x_s"], label_B).mean()
+            sup = sup + config.strong_label_weight * cross_entropy_rows(labeled["x_s"], label_B).mean()
 
         confidence_U, pseudo_U = confidence(logits["u_w"].detach())
         passed_U = confidence_U > config.threshold if config.strict_threshold else confidence_U >= config.threshold

@@ -192,7 +192,35 @@ def test_a_teacher_that_is_missing_is_named():
         method(Views(make_logits()), make_batch(torch.zeros(4, dtype=torch.int64), 7), lambda *v: None, None)
 
 
-@pytest.mark.parametrize("options", [{"threshold": -0.1}, {"unlabeled_weight": -1.0}, {"strong_label_weight": -1.0}, {"pseudo_labels": "ema"}])
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), classes=st.integers(1, 6), strength=st.sampled_from([0.5, 1.0, 2.0]), a_s=st.sampled_from([0.0, 0.4]))
+def test_logit_adjustment_is_the_plain_loss_at_shifted_labelled_logits(seed, classes, strength, a_s):
+    counts = np.random.RandomState(seed).randint(0, 9, classes) + (np.arange(classes) == 0)
+    shift = torch.from_numpy(np.log((counts / counts.sum()) ** strength + 1e-12))
+    logits, labels = make_logits(seed, classes=classes), torch.arange(4) % classes
+    task = make_task(classes, 4, 7, labeled_class_counts=tuple(counts.tolist()))
+    options = {"threshold": 0.6, "strong_label_weight": a_s}
+    adjusted = build_method("fixmatch", {**options, "logit_adjustment": strength}, task)
+    adjusted.double().adjustment.copy_(shift)  # made in float32
+    loss, grads = forward_backward(adjusted, logits, make_batch(labels, 7))
+    arrays = [(logits[name] + shift if name in ("x", "x_s") else logits[name]).numpy() for name in VIEWS]
+    want = reference(*arrays, labels.numpy(), threshold=0.6, weight=1.0, a_s=a_s, strict=False)
+    assert loss.total.item() == pytest.approx(want["total"], rel=1e-11) and loss.pseudo.label_B.tolist() == want["pseudo"].tolist()
+    for name in VIEWS:
+        np.testing.assert_allclose(grads[name].numpy(), want["grads"][name], rtol=1e-10, atol=1e-13, err_msg=name)
+
+
+def test_logit_adjustment_is_known_from_the_split_and_off_by_default():
+    task = make_task(3, 4, 7, labeled_class_counts=(6, 3, 1))
+    method = build_method("fixmatch", {"logit_adjustment": 2.0}, task)
+    np.testing.assert_allclose(method.adjustment.numpy(), 2 * np.log([0.6, 0.3, 0.1]), rtol=1e-6)
+    assert method.state_dict() == {} and FixMatch.Config().logit_adjustment == 0
+    assert not list(build_method("fixmatch", {}, task).buffers())
+
+
+@pytest.mark.parametrize(
+    "options", [{"threshold": -0.1}, {"unlabeled_weight": -1.0}, {"strong_label_weight": -1.0}, {"pseudo_labels": "ema"}, {"logit_adjustment": -1.0}]
+)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         FixMatch.Config(**options)
