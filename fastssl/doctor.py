@@ -43,7 +43,7 @@ EXTRAS: dict[str, tuple[str, str]] = {  # import name -> (what it is for, the li
         "cross-checking .beton files in `fastssl-data verify`; fastssl reads and writes them without it",
         "make ffcv   (where you are not root, first: sudo apt-get install g++ pkg-config libopencv-dev libturbojpeg0-dev python3-dev)",
     ),
-    "nvidia.dali": ("not used yet: decoding with DALI", "pip install -e '.[dali]'"),
+    "nvidia.dali": ("decoding with DALI (data.source=dali); its shards are read without it too", "make dali"),
 }
 LOW_DISK_GIB = 5.0
 

@@ -64,7 +64,7 @@ def check(recipe: Recipe, method: Any, fail: Fail) -> None:
 def _check_data(recipe: Recipe, fail: Fail, reads_unlabeled: bool) -> None:
     if reads_unlabeled and recipe.data.unlabeled_batch < 1:
         fail("data.unlabeled_batch", f"must be at least 1: {recipe.method.name} reads unlabelled images")
-    if recipe.data.device_resident == "yes" and recipe.data.source == "ffcv":
+    if recipe.data.device_resident == "yes" and recipe.data.source not in ("auto", "arrays"):
         fail("data.device_resident", f"only the arrays source can keep a dataset on the device, not data.source={recipe.data.source}")
 
 
@@ -106,6 +106,10 @@ def _check_teacher(recipe: Recipe, method: Any, fail: Fail) -> None:
             fail("teacher.enabled", f"must be true: {recipe.method.name} asks the teacher in its loss")
     elif teacher.when == "by_method" and method is not None and not method.moves_teacher:
         fail("teacher.when", f"{recipe.method.name} never moves the teacher, which would stay at its start; use after_step or before_forward")
+    if teacher.shuffle and teacher.mode != "train":
+        fail("teacher.shuffle", "needs teacher.mode=train: in eval mode no row depends on the others")
+    if teacher.shuffle and recipe.batchnorm.groups in (1, "global"):
+        fail("teacher.shuffle", "needs batchnorm.groups of at least 2: one group has the same rows in any order")
     if (teacher.buffers == "copy_matching") != bool(teacher.buffers_matching):
         fail("teacher.buffers_matching", "is a regular expression for teacher.buffers=copy_matching: give both or neither")
     if not _is_pattern(teacher.buffers_matching):

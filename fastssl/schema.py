@@ -34,6 +34,10 @@ class DataConfig:
     ahead: int = key(3, "steps that are read ahead of the trainer")
     pack: str = key("auto", "send images back to back to the device and unpack them there; auto = on CUDA if canvases are over 30 % padding", ("auto", "on", "off"))
     workers: int = key(0, "decoding threads per process; 0 = cores divided by processes, at most 8")
+    engine: str = key("auto", "who reads .beton files: native, or the ffcv package's compiled pipeline; auto = native", ("auto", "native", "ffcv"))
+    scaled_decode: float = key(
+        0.0, "above 0: training decodes the JPEGs of .beton files at 1/2, 1/4 or 1/8 while both sides stay at least this times the largest view (1 = usual)"
+    )
     device_resident: str = key("auto", "arrays: keep the dataset on the device; auto = on CUDA if a quarter of its memory is enough", ("auto", "yes", "no"))
     stall_timeout_s: float = key(120.0, "seconds without data after which the feed gives up with an error")
 
@@ -48,6 +52,7 @@ class AugmentConfig:
     mean: Any = key("dataset", "'dataset' = the manifest's measured mean, or one number per channel in [0, 1]")
     std: Any = key("dataset", "like mean")
     backend: str = key("auto", "who renders pixels", ("auto", "reference", "triton"))
+    geometry: str = key("per_op", "how often pixels are resampled: per_op as published, composed once for crop, mirror and affine ops", ("per_op", "composed"))
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class TeacherConfig:
     buffers_matching: str = key("", "regular expression on buffer names for copy_matching")
     when: str = key("after_step", "when the average moves", ("after_step", "before_forward", "by_method"))
     mode: str = key("eval", "mode in which a method's teacher forward runs", ("train", "eval"))
+    shuffle: bool = key(False, "train mode: the teacher's rows meet others in their BatchNorm group than the student's do (ShuffleBN)")
     start: str = key("copy", "copy of the student, or the path of a checkpoint whose teacher stays frozen")
 
 

@@ -67,19 +67,38 @@ def open_data(recipe: Recipe, device: torch.device) -> Data:
     if get_method(recipe.method.name).labeled_rows == "all":
         split = replace(split, labeled=np.sort(np.concatenate([split.labeled, split.unlabeled])))
     unlabeled = np.sort(np.concatenate([split.labeled, split.unlabeled])) if recipe.data.include_labeled else np.asarray(split.unlabeled)
-    source = open_rows(recipe, manifest, split.of, device)
+    views = get_method(recipe.method.name).views(recipe.method.config).values()
+    source = open_rows(recipe, manifest, split.of, device, view_size=max((view.size or recipe.augment.size for view in views), default=recipe.augment.size))
     return Data(manifest, split, source, unlabeled.astype(np.int64), device)
 
 
-def open_rows(recipe: Recipe, manifest: Manifest, split: str, device: torch.device) -> Any:
-    """A source of one dataset split, kept on the device where ``data.device_resident`` says so."""
+def open_rows(recipe: Recipe, manifest: Manifest, split: str, device: torch.device, view_size: int = 0) -> Any:
+    """A source of one dataset split, kept on the device where ``data.device_resident`` says so.
+
+    ``view_size``: side of the largest view, for ``data.scaled_decode``; 0 = decode in full, as evaluation does.
+    """
     wish = recipe.data.device_resident
     info = manifest.split(split)
     size = info.count * info.max_height * info.max_width * manifest.channels
-    fits = device.type == "cuda" and manifest.format == "arrays" and size < torch.cuda.get_device_properties(device).total_memory * RESIDENT_SHARE
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" and manifest.format == "arrays" else 0
+    fits = size < memory * RESIDENT_SHARE
+    if wish == "yes" and memory and size >= memory:
+        raise DataError(
+            f"data.device_resident=yes: {split!r} of {str(manifest.root)!r} takes {size / 1e9:.1f} GB, the device has {memory / 1e9:.1f} GB; "
+            "use data.device_resident=auto, which streams it from the disk"
+        )
     decodes = recipe.data.source == "dali" and device.type == "cuda"  # DALI's decoder writes where the trainer reads
     resident = device if wish == "yes" or (wish == "auto" and fits) or decodes else None
-    return open_source(recipe.data.path, split, kind=recipe.data.source, workers=workers_of(recipe), device=resident)
+    return open_source(
+        recipe.data.path,
+        split,
+        kind=recipe.data.source,
+        workers=workers_of(recipe),
+        device=resident,
+        engine=recipe.data.engine,
+        view_size=view_size,
+        scaled_decode=recipe.data.scaled_decode,
+    )
 
 
 def build_task(recipe: Recipe, data: Data) -> Task:
@@ -126,7 +145,8 @@ def build_slot(recipe: Recipe, slot: str, manifest: Manifest, channels: int, siz
     for key, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             raise RecipeError(f"augment.{key} has {len(values)} numbers, but the images have {channels} channel(s)")
-    policy = build_policy(getattr(a, slot) if slot in SLOTS else a.extra[slot], size=size or a.size, channels=channels, mean=mean, std=std)
+    laws = getattr(a, slot) if slot in SLOTS else a.extra[slot]
+    policy = build_policy(laws, size=size or a.size, channels=channels, mean=mean, std=std, geometry=a.geometry)
     check_backend(policy, a.backend)
     return policy
 

@@ -37,6 +37,7 @@ def draw_views(recipe: Recipe, data: Data, views: Mapping[str, View], policies: 
     data.source.fill(picked, raw)
     headings = {f"{name}: {views[name].policy}, {views[name].stream}": policy for name, policy in policies.items()}
     captions = [f"row {row}: {data.manifest.classes[data.labels_N[row]]}" for row in picked.tolist()]
-    picture = contact_sheet(raw.pixels_BHWC, raw.extent_B2, headings, views=DRAWS, seed=recipe.seed, captions=captions, title=recipe.title or recipe.name)
+    title = recipe.title or recipe.name
+    picture = contact_sheet(raw.pixels_BHWC, raw.extent_B2, headings, views=DRAWS, seed=recipe.seed, captions=captions, title=title, size_B2=raw.size_B2)
     picture.save(out)
     return out

@@ -62,10 +62,10 @@ class ViewRenderer:
         self._out: dict[str, Tensor] = {}
         for side in sorted(set(sides.values())):
             names = [name for name in self.views if sides[name] == side]
-            lengths = [rows[self.views[name].stream] for name in names]
+            lengths = [rows[self.views[name].stream] if self.views[name].each_step else 0 for name in names]
             buffer = torch.zeros(sum(lengths), channels, side, side, device=device).to(memory_format=torch.channels_last)
             self._out.update(zip(names, buffer.split(lengths), strict=True))
-        self.buffers = Views({name: self._out[name] for name in self.views})
+        self.buffers = Views({name: self._out[name] for name, view in self.views.items() if view.each_step})
 
     def one(self, name: str, rows: int) -> Callable[[RawBatch], Tensor]:
         """A renderer of view ``name`` alone for batches of ``rows`` rows, in a buffer of its own; the numbers are those of draw position ``draw_B``."""
@@ -82,7 +82,8 @@ class ViewRenderer:
     @torch.no_grad()
     def __call__(self, raw: Mapping[str, RawBatch]) -> Views:
         """Overwrite the buffers with this step's views. The returned tensors are the same ones at every step."""
-        for name, view in self.views.items():
+        for name in self.buffers:
+            view = self.views[name]
             self._render(name, view, raw[view.stream], self._out[name])
         return self.buffers
 
@@ -148,6 +149,8 @@ class Updater:
         sync_running_stats(network)
         if self.teacher is not None and self.teacher_when == "after_step":
             self.teacher.update(network)
+        elif self.teacher is not None and self.teacher_when == "by_method":
+            self.teacher.settle()
 
         self.meters.add(loss, unlabeled.truth_B if unlabeled else None, self.clock.tensors.step)
         self.clock.tick_tensors()

@@ -31,6 +31,7 @@ def summary(trainer: Trainer, status: str, error: str | None) -> dict[str, Any]:
         "eval": trainer.evals,
         "images_per_s": images_per_s,
         "data_wait_share": wait_share,
+        **({} if trainer.bad_rows is None else {"bad_rows": trainer.bad_rows}),
         "train_wall_s": trainer.watch.totals.train_s,
         "eval_wall_s": trainer.watch.totals.eval_s,
         "device": device_name(trainer.accelerator.device),

@@ -107,6 +107,7 @@ class Trainer:
         self.step = 0
         self.evals: dict[str, dict[str, Any]] = {}  # weights -> {"last": {...}, "best": {...}}
         self.best: dict[str, Any] | None = None  # headline top1 of the best evaluation: {"step", "top1"}
+        self.bad_rows: int | None = None  # None = the source does not count them
         self.saved_at = -1
         self.found_good_at = -1
         self.watch = Stopwatch(images_per_step=sum(stream.global_batch for stream in self.streams))
@@ -256,6 +257,7 @@ class Trainer:
             "time/step": window.step_s,
             "perf/images_per_s": window.images_per_s,
             "perf/data_wait_share": window.wait_share,
+            **self._bad_rows(),
         }
         self._write(line)
         self.watch.run()
@@ -314,6 +316,17 @@ class Trainer:
         self.watch.run()
 
     # --- small parts of the above -----------------------------------------------------------------------------------------------------
+
+    def _bad_rows(self) -> dict[str, int]:
+        """Images so far that could not be decoded and were shown as grey, summed over processes; empty for sources that do not count. Collective."""
+        counts = [source.bad_rows for source in (self.data.source, self.evaluator.source) if hasattr(source, "bad_rows")]
+        if not counts:
+            return {}
+        total = int(self.accelerator.reduce(torch.tensor(sum(counts), device=self.accelerator.device), "sum").item())
+        if total > (self.bad_rows or 0):
+            self.run.log(f"WARNING: {total} image(s) cannot be decoded and are shown as grey; `fastssl-data verify {self.recipe.data.path}` lists them")
+        self.bad_rows = total
+        return {"data/bad_rows": total}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"step": self.step, "epoch": self.step // self.recipe.train.steps_per_epoch, "kind": kind, "time/wall_s": self.watch.wall_s()}

@@ -17,6 +17,7 @@ from fastssl.errors import RecipeError
 from fastssl.models.checkpoints import load_network
 from fastssl.models.joint import joint_forward, joint_head
 from fastssl.models.norm import sync_running_stats
+from fastssl.models.shuffle import shuffled_forward, shuffled_head
 from fastssl.schema import TeacherConfig
 
 LAWS = ("constant", "warmup", "cosine")
@@ -44,7 +45,8 @@ class Teacher(nn.Module):
     ``cfg.buffers``: "leave" never touches the teacher's buffers after the start; "copy" takes the student's; "average" averages floating
     buffers like weights and copies integer ones (EMAN); "copy_matching" copies those whose dotted name contains a match of ``buffers_matching``.
     ``cfg.start``: "copy", or a weights file whose teacher never moves.  ``teacher.train()`` puts the network in ``cfg.mode`` (the mode of a
-    method's teacher forward), ``teacher.eval()`` in evaluation mode.  State: the network's under ``network.`` and the number of updates.
+    method's teacher forward), ``teacher.eval()`` in evaluation mode.  ``cfg.shuffle``: in train mode its rows are normalised in other BatchNorm groups than
+    the student's (models/shuffle.py).  State: the network's under ``network.`` and the number of updates.
     An update is free of host syncs, reads its momentum from the device, and so can be captured and replayed.
     """
 
@@ -81,12 +83,15 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, *views: Tensor) -> Any:
         """Outs of the teacher for one or more views (one joint forward), without gradient."""
-        return joint_forward(self.network, *views)
+        return shuffled_forward(self.network, *views) if self._shuffles() else joint_forward(self.network, *views)
 
     @torch.no_grad()
     def head(self, name: str, *feats: Tensor) -> Any:
         """An on-request head of the teacher on features, without gradient."""
-        return joint_head(self.network, name, *feats)
+        return shuffled_head(self.network, name, *feats) if self._shuffles() else joint_head(self.network, name, *feats)
+
+    def _shuffles(self) -> bool:
+        return self.cfg.shuffle and self.network.training
 
     def bind(self, student: nn.Module) -> Teacher:
         """Say whom :meth:`follow` follows."""
@@ -110,8 +115,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
         """Move towards ``student`` (the same architecture) once; a frozen teacher keeps its weights. Call on every rank."""
-        if self.cfg.mode == "train":  # its own forwards moved its BatchNorm statistics, on each rank by other rows
-            sync_running_stats(self.network)
+        self.settle()
         if self.frozen:
             return
         self.updates.add_(1)
@@ -126,6 +130,12 @@ class Teacher(nn.Module):
         for dtype in {mine.dtype for mine, _ in copied}:  # one fused copy for each dtype
             group = [pair for pair in copied if pair[0].dtype == dtype]
             torch._foreach_copy_([mine for mine, _ in group], [theirs for _, theirs in group])
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the ranks equal again: in train mode the teacher's own forwards move its BatchNorm statistics, on each rank by other rows."""
+        if self.cfg.mode == "train":
+            sync_running_stats(self.network)
 
     def _average(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         m = self.momentum()

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fastssl.errors import DataError
 from fastssl.sources.base import check_rows
-from fastssl.sources.manifest import Manifest, load_labels, open_npy
+from fastssl.sources.manifest import Manifest, load_labels, load_sizes, open_npy
 from fastssl.types import RawBatch
+
+_SLAB = 256 << 20  # bytes on their way to the device at a time
 
 
 class ArraysSource:
@@ -23,6 +25,7 @@ class ArraysSource:
         self.num_rows = info.count
         self.canvas = (info.max_height, info.max_width, manifest.channels)
         self.labels_N = load_labels(manifest, split)
+        self.sizes_N2 = load_sizes(manifest, split)
         if "pixels" not in info.files:
             raise DataError(f"split {split!r} of {str(manifest.root)!r} names no pixel file; convert the dataset again")
         pixels = open_npy(manifest.root / info.files["pixels"], np.uint8, (info.count, *self.canvas))
@@ -35,11 +38,10 @@ class ArraysSource:
         self.nbytes = pixels.nbytes
         self.device = torch.device("cpu" if device is None else device)
         self._pixels: np.ndarray | None = pixels
-        self._extents = extents
+        self.extents_N2 = extents
         self._resident: tuple[Tensor, Tensor] | None = None
         if device is not None:
-            # The map is read-only, which torch warns about; this copy is the only use and never writes.
-            self._resident = (torch.from_numpy(np.array(pixels)).to(self.device), torch.from_numpy(extents).to(self.device))
+            self._resident = (_to_device(pixels, self.device), torch.from_numpy(extents).to(self.device))
             self._pixels = None
         self._closed = False
 
@@ -60,7 +62,7 @@ class ArraysSource:
             np.take(pixels, rows, axis=0, out=target, mode="clip")
         else:
             target[:, :height, :width] = pixels[rows]
-        np.take(self._extents, rows, axis=0, out=extent, mode="clip")
+        np.take(self.extents_N2, rows, axis=0, out=extent, mode="clip")
 
     def _fill_resident(self, rows: np.ndarray | Tensor, out: RawBatch, pixels: Tensor, extents: Tensor) -> None:
         if not isinstance(rows, Tensor):
@@ -80,3 +82,12 @@ class ArraysSource:
         self._closed = True
         self._pixels = None
         self._resident = None
+
+
+def _to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of the map on ``device``, made in pieces: the host never holds the whole of it."""
+    out = torch.empty(pixels.shape, dtype=torch.uint8, device=device)
+    rows = max(1, _SLAB // max(1, pixels[0].nbytes))
+    for first in range(0, len(pixels), rows):
+        out[first : first + rows].copy_(torch.from_numpy(np.array(pixels[first : first + rows])))  # a copy, because torch warns about read-only maps
+    return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,19 +11,24 @@ import torch
 from fastssl.errors import DataError, nearest
 from fastssl.types import RawBatch
 
-KINDS = ("auto", "arrays", "ffcv")
+KINDS = ("auto", "arrays", "ffcv", "dali", "shards")
+ENGINES = ("auto", "native", "ffcv")
+_FORMAT_OF = {"shards": "dali"}  # two readers of one format
 
 
 @runtime_checkable
 class Source(Protocol):
     """Random access to decoded images.  A source keeps no position: the caller names the rows, so any order, resume point and world size are the caller's.
 
-    ``canvas`` is (H, W, C) in pixels, large enough for every row; ``labels_N`` int64, -1 where unknown.
+    ``canvas`` is (H, W, C) in pixels, large enough for every row; ``labels_N`` int64, -1 where unknown.  ``extents_N2`` int32 (height, width) of each row on
+    the canvas; ``sizes_N2`` int32 (height, width) of the image itself where conversion or decoding reduces it, None where that is the extent.
     """
 
     num_rows: int
     canvas: tuple[int, int, int]
     labels_N: np.ndarray
+    extents_N2: np.ndarray
+    sizes_N2: np.ndarray | None
 
     def fill(self, rows: np.ndarray, out: RawBatch) -> None:
         """Write rows[i] into ``out.pixels_BHWC[i]`` (top-left corner) and its (height, width) into ``out.extent_B2[i]``, nothing else.
@@ -36,18 +41,31 @@ class Source(Protocol):
         """Release files and threads; calling it twice is harmless."""
 
 
-def open_source(path: str | Path, split: str = "train", *, kind: str = "auto", workers: int = 1, device: str | torch.device | None = None) -> Source:
+def open_source(
+    path: str | Path,
+    split: str = "train",
+    *,
+    kind: str = "auto",
+    workers: int = 1,
+    device: str | torch.device | None = None,
+    engine: str = "auto",
+    view_size: int = 0,
+    scaled_decode: float = 0.0,
+) -> Source:
     """Open one split of a converted dataset folder, or a bare ``.beton`` file (then ``split`` is ignored).
 
-    ``kind`` "auto" takes the folder's own format; ``workers`` decoding threads (ffcv); ``device`` keeps the whole split on that device (arrays only) so that
-    ``fill`` is one index_select there.  Raises DataError for anything that cannot be opened as asked.
+    ``kind`` "auto" takes the folder's own format; a folder of format dali is read by "shards" (no DALI needed; also what auto takes, so that pixels do not
+    depend on what is installed) or "dali".  ``workers`` decoding threads.  ``device``: arrays keep the whole split there, so that ``fill`` is one
+    index_select; dali decodes there.  ``engine``: who reads .beton files, "auto" = native.  ``scaled_decode`` > 0 decodes the JPEGs of a .beton file reduced
+    where views of at most ``view_size`` pixels a side allow it (rule: fastssl/sources/jpeg.py).  Raises DataError for anything that cannot be opened as asked.
     """
     from fastssl.sources.arrays import ArraysSource
-    from fastssl.sources.ffcv import FFCVSource
     from fastssl.sources.manifest import load_manifest
 
     if kind not in KINDS:
         raise DataError(f"unknown source kind {kind!r}{nearest(kind, KINDS)}; known: {list(KINDS)}")
+    if scaled_decode < 0 or view_size < 0:
+        raise DataError(f"data.scaled_decode is 0 (off) or above, not {scaled_decode} (for views of {view_size} pixels)")
     if workers < 1:
         raise DataError(f"a source needs at least 1 worker, not {workers}")
     if Path(path).suffix == ".beton":
@@ -55,15 +73,41 @@ def open_source(path: str | Path, split: str = "train", *, kind: str = "auto", w
             raise DataError(f"{str(path)!r} is a .beton file, not an arrays dataset; use kind 'ffcv' or 'auto'")
         if device is not None:
             raise DataError("device-resident data needs a dataset in the arrays format; a .beton file is decoded on the host")
-        return FFCVSource.from_file(path, workers=workers)
+        return beton_engine(engine).from_file(path, workers=workers, view_size=view_size, scaled_decode=scaled_decode)
     manifest = load_manifest(path)
-    if kind not in ("auto", manifest.format):
-        raise DataError(f"dataset {str(path)!r} has the format {manifest.format!r}, not {kind!r}; use 'auto' or convert it with --format {kind}")
+    wanted = _FORMAT_OF.get(kind, kind)
+    if wanted not in ("auto", manifest.format):
+        raise DataError(f"dataset {str(path)!r} has the format {manifest.format!r}, not {wanted!r}; use 'auto' or convert it with --format {wanted}")
     if manifest.format == "arrays":
         return ArraysSource(manifest, split, device=device)
+    if kind == "dali":
+        from fastssl.sources.dali import DaliSource
+
+        return DaliSource(manifest, split, workers=workers, device=device)
     if device is not None:
         raise DataError(f"device-resident data needs the arrays format, {str(path)!r} is {manifest.format!r}; convert it with --format arrays")
-    return FFCVSource(manifest, split, workers=workers)
+    if manifest.format == "dali":
+        from fastssl.sources.shards import ShardsSource
+
+        return ShardsSource(manifest, split, workers=workers)
+    return beton_engine(engine)(manifest, split, workers=workers, view_size=view_size, scaled_decode=scaled_decode)
+
+
+def beton_engine(engine: str) -> Any:
+    """The class that reads .beton files: "native", "ffcv" (the ffcv package's compiled pipeline) or "auto": native.
+
+    By benchmarks/bench_engines.py the two deliver the same pixels; native is faster for small raw images and starts at once; ffcv saves up to a twelfth of the
+    processor time of JPEGs on a wider canvas, but compiles for some seconds in every process.
+    """
+    if engine not in ENGINES:
+        raise DataError(f"unknown engine {engine!r}{nearest(engine, ENGINES)}; known: {list(ENGINES)}")
+    if engine == "ffcv":
+        from fastssl.sources.ffcv_loader import FFCVLoaderSource
+
+        return FFCVLoaderSource
+    from fastssl.sources.ffcv import FFCVSource
+
+    return FFCVSource
 
 
 def check_rows(rows: np.ndarray, num_rows: int, canvas: tuple[int, int, int], out: RawBatch, *, device_type: str = "cpu") -> np.ndarray:

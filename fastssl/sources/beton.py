@@ -57,6 +57,8 @@ class BetonFile:
 def open_beton(path: str | Path) -> BetonFile:
     """Map a beton that has one RGB image field (with, optionally, an int field: ``label`` if so named, else the first).
 
+    Of several image fields the one named ``image`` is read, else the first.
+
     Raises DataError for a missing file, a wrong header, a truncated file, unknown fields and rows that point outside the file.
     """
     path = Path(path)
@@ -90,7 +92,8 @@ def open_beton(path: str | Path) -> BetonFile:
     if fields_end + count * record.itemsize > size or not fields_end <= table < size or (size - table) % ALLOCATION.itemsize:
         raise DataError(f"{where} is truncated ({size} bytes, its allocation table should begin at {table}); write or copy it again")
     records = np.frombuffer(mapped, record, count=count, offset=fields_end)
-    image = records[f"f{type_ids.index(IMAGE_FIELD)}"]
+    images = [i for i, t in enumerate(type_ids) if t == IMAGE_FIELD]
+    image = records[f"f{next((i for i in images if names[i] == 'image'), images[0])}"]
     ints = [i for i, t in enumerate(type_ids) if t == INT_FIELD]
     label = next((i for i in ints if names[i] == "label"), ints[0] if ints else None)
     beton = BetonFile(

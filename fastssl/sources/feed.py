@@ -1,9 +1,9 @@
 """Data ahead of the trainer: one thread fills a ring of fixed buffers with the streams' next steps.
 
 The thread asks :mod:`fastssl.sources.order` which rows come, writes every column of the :class:`RawBatch` but the pixels, and lets the
-stream's source write the pixels.  Memory is bounded: ``ahead + 1`` sets of buffers are made at the start and reused for the whole run.
-On CUDA each set is a pinned host copy and a device copy, joined by an asynchronous copy on a side stream; on the CPU the trainer reads
-the ring's buffers directly.
+stream's source write the pixels.  Memory is bounded: ``ahead + 1`` sets of buffers (:mod:`fastssl.sources.slots`) are made at the start
+and reused for the whole run.  On CUDA each set is a pinned host copy and a device copy, joined by an asynchronous copy on a side stream;
+on the CPU the trainer reads the ring's buffers directly.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch
 
 from fastssl.errors import DataError, FastSSLError, TrainingError
 from fastssl.sources.order import Order, indices, rank_slots
+from fastssl.sources.slots import Ring, Slot
 from fastssl.types import RawBatch
 
 _POLL_S = 0.1  # how often a waiting side looks whether the other one is still alive
+_CLOSE_S = 5.0  # longest time that close() waits for a source in the middle of a read
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,6 @@ class Stream:
 
 
 @dataclass
-class _Slot:
-    """One step's buffers. ``copied``: the host buffers were read; ``free``: the trainer's device work on the previous use is done."""
-
-    host: dict[str, RawBatch]
-    device: dict[str, RawBatch]
-    columns: dict[str, dict[str, np.ndarray]]  # NumPy views of the host's id columns
-    copied: Any = None
-    free: Any = None
-    used: bool = False
-
-
-@dataclass
 class _Progress:
     """Shared by the two threads, guarded by ``Feed._changed``."""
 
@@ -91,7 +81,7 @@ class Feed:
     """Steps ``start_step``, ``start_step + 1``, ... of several streams, read ``ahead`` steps ahead of the caller. A context manager.
 
     ``stop_step``: first step that is not delivered, None = endless.  ``device``: where the delivered batches live.
-    ``stall_timeout_s``: longest time that :meth:`next` waits for data.
+    ``stall_timeout_s``: longest time that :meth:`next` waits for data.  ``pack``: auto, on or off, see :class:`fastssl.sources.slots.Ring`.
 
     What is delivered depends only on the streams, the step and (world, rank): starting at step k gives what an earlier feed gave at k.
 
@@ -109,6 +99,7 @@ class Feed:
         ahead: int = 3,
         device: str | torch.device = "cpu",
         stall_timeout_s: float = 120.0,
+        pack: str = "auto",
     ):
         names = [s.name for s in streams]
         if not streams or len(set(names)) != len(names):
@@ -123,7 +114,8 @@ class Feed:
         shares = {s.name: rank_slots(0, s.global_batch, world, rank)[1] for s in streams}
         self._side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         slots = ahead + 1 if stop_step is None else min(ahead + 1, max(1, stop_step - start_step))
-        self._ring = [self._make_slot(shares) for _ in range(slots)]
+        self._memory = Ring(self.streams, shares, slots, self.device, self._side, pack)
+        self._ring = self._memory.slots
         self._start = start_step
         self._progress = _Progress(made=start_step, taken=start_step, free_until=start_step + slots)
         self._changed = threading.Condition()
@@ -141,8 +133,16 @@ class Feed:
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers of the ring, host and device together."""
-        sets = [batch for slot in self._ring for batch in {id(b): b for b in (*slot.host.values(), *slot.device.values())}.values()]
-        return sum(t.numel() * t.element_size() for batch in sets for t in batch.tensors().values())
+        return self._memory.nbytes
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes that a step of this rank brings to the device (see :attr:`fastssl.sources.slots.Ring.bytes_per_step`)."""
+        return self._memory.bytes_per_step
+
+    def describe(self) -> str:
+        """One line for a log: bytes per step, memory of the slots, and how each stream travels."""
+        return self._memory.describe()
 
     def next(self) -> dict[str, RawBatch]:
         """The next step's batch of every stream, by stream name, on ``device``.
@@ -178,12 +178,15 @@ class Feed:
             yield self.next()
 
     def close(self) -> None:
-        """Stop reading and join the thread. Returns at once if the source hangs (its thread dies with the process). Idempotent."""
+        """Stop reading and join the thread. Idempotent.
+
+        Returns at once if the source was found hanging, after a few seconds if it turns out to hang now; its thread dies with the process.
+        """
         with self._changed:
             self._progress.closed = True
             self._changed.notify_all()
         if self._thread is not threading.current_thread():
-            self._thread.join(timeout=_POLL_S if self._stalled else max(1.0, self.stall_timeout_s))
+            self._thread.join(timeout=_POLL_S if self._stalled else min(_CLOSE_S, max(1.0, self.stall_timeout_s)))
         if self._side is not None and not self._thread.is_alive():
             self._side.synchronize()  # pinned memory must not go while a copy reads it
 
@@ -235,11 +238,13 @@ class Feed:
                     p.made += 1
                     self._changed.notify_all()
         except BaseException as error:  # whatever it is must reach the caller: a silent thread is a hang
+            if not isinstance(error, Exception):  # SystemExit and the like end a thread, and must not end the caller's in its place
+                error = TrainingError(f"the data feed's thread was ended by {type(error).__name__} while {p.doing}")
             with self._changed:
                 p.error = error
                 self._changed.notify_all()
 
-    def _fill(self, step: int, slot: _Slot) -> None:
+    def _fill(self, step: int, slot: Slot) -> None:
         side = torch.cuda.stream(self._side) if self._side is not None else contextlib.nullcontext()
         with side:
             if self._side is not None and slot.used:
@@ -253,7 +258,7 @@ class Feed:
                 slot.copied.record(self._side)
         slot.used = True
 
-    def _fill_stream(self, step: int, stream: Stream, slot: _Slot) -> None:
+    def _fill_stream(self, step: int, stream: Stream, slot: Slot) -> None:
         host, columns = slot.host[stream.name], slot.columns[stream.name]
         start, count = rank_slots(step, stream.global_batch, self.world, self.rank)
         index = stream.pick(start, count)
@@ -267,31 +272,18 @@ class Feed:
         columns["is_labeled_B"][:] = np.where(padding, False, stream.is_labeled_N[index])
         shown = f"{rows[:8].tolist()}{' ...' if len(rows) > 8 else ''}"
         self._progress.doing = f"reading stream {stream.name!r}, step {step}, rows {shown}"
-        out = slot.device[stream.name]
-        resident = self._side is not None and torch.device(getattr(stream.source, "device", "cpu")).type == "cuda"
+        sizes_N2, resident = getattr(stream.source, "sizes_N2", None), self._memory.resident[stream.name]
+        out = slot.device[stream.name] if resident else host
         try:
-            stream.source.fill(rows, out if resident else host)
+            stream.source.fill(rows, out)
         except Exception as error:
             kind = type(error) if isinstance(error, FastSSLError) else TrainingError
             what = str(error) if isinstance(error, FastSSLError) else f"{type(error).__name__}: {error}"
             raise kind(f"stream {stream.name!r}, step {step}, rows {shown}: {what}") from error
-        if self._side is not None:
-            pixels = ("pixels_BHWC", "extent_B2") if resident else ()  # a source on the device has written them in place
-            for name, tensor in out.tensors().items():
-                if name not in pixels:
-                    tensor.copy_(getattr(host, name), non_blocking=True)
-
-    def _make_slot(self, shares: dict[str, int]) -> _Slot:
-        cuda = self._side is not None
-        host = {s.name: RawBatch.allocate(shares[s.name], *s.source.canvas, pin=cuda) for s in self.streams}
-        columns = {n: {k: t.numpy() for k, t in b.tensors().items() if k not in ("pixels_BHWC", "extent_B2")} for n, b in host.items()}
-        if not cuda:
-            return _Slot(host, host, columns)
-        with torch.cuda.device(self.device):
-            device = {s.name: RawBatch.allocate(shares[s.name], *s.source.canvas, device=self.device) for s in self.streams}
-            assert self._side is not None
-            self._side.wait_stream(torch.cuda.current_stream(self.device))  # behind the initial fills of allocate()
-            return _Slot(host, device, columns, torch.cuda.Event(), torch.cuda.Event())
+        columns["size_B2"][:] = columns["extent_B2"] if sizes_N2 is None else sizes_N2[rows]
+        self._memory.deliver(stream.name, slot)
+        if resident and sizes_N2 is None:
+            out.size_B2.copy_(out.extent_B2)  # the host never sees the extents of such a source
 
 
 def eval_batches(
@@ -305,6 +297,7 @@ def eval_batches(
     device: str | torch.device = "cpu",
     ahead: int = 2,
     stall_timeout_s: float = 120.0,
+    pack: str = "auto",
 ) -> Iterator[RawBatch]:
     """All of ``rows_N`` in order, each exactly once over all ranks, in batches of ``batch`` rows per rank.
 
@@ -318,6 +311,6 @@ def eval_batches(
     labels_N = np.asarray(labels_N)
     stream = Stream("eval", source, np.asarray(rows_N), labels_N, labels_N, labels_N >= 0, Order("sequential", n), batch * world, once=True)
     steps = -(-n // (batch * world))
-    with Feed([stream], stop_step=steps, world=world, rank=rank, ahead=ahead, device=device, stall_timeout_s=stall_timeout_s) as feed:
+    with Feed([stream], stop_step=steps, world=world, rank=rank, ahead=ahead, device=device, stall_timeout_s=stall_timeout_s, pack=pack) as feed:
         for batches in feed:
             yield batches["eval"]

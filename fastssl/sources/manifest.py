@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from fastssl.errors import DataError, nearest
 
 FORMAT_VERSION = 1
-FORMATS = ("arrays", "ffcv")
+FORMATS = ("arrays", "ffcv", "dali")
 MANIFEST_NAME = "dataset.json"
 
 
@@ -22,6 +22,7 @@ MANIFEST_NAME = "dataset.json"
 class SplitInfo:
     """One official split ("train", "test"): row count, rows per class, the largest image in pixels and its files relative to the dataset folder.
 
+    ``files`` by role; ``lists`` has the roles that several files fill, in order ("shards").
     ``rows_digest`` identifies the decoded pixels and labels in row order, whatever the storage format.
     """
 
@@ -33,6 +34,13 @@ class SplitInfo:
     files: dict[str, str]
     labels: str
     rows_digest: str = ""
+    lists: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    unlabeled: int = 0  # rows whose class nobody knows (label -1)
+
+    @property
+    def content(self) -> list[str]:
+        """Every content file of the split, relative to the dataset folder."""
+        return [*self.files.values(), *(name for names in self.lists.values() for name in names), self.labels]
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,11 @@ def _split_info(name: str, entry: dict[str, Any]) -> SplitInfo:
         class_counts=tuple(map(int, entry["class_counts"])),
         max_height=int(entry["max_height"]),
         max_width=int(entry["max_width"]),
-        files={str(key): str(value) for key, value in entry["files"].items()},
+        files={str(key): str(value) for key, value in entry["files"].items() if not isinstance(value, list)},
+        lists={str(key): tuple(map(str, value)) for key, value in entry["files"].items() if isinstance(value, list)},
         labels=str(entry["labels"]),
         rows_digest=str(entry.get("rows_digest", "")),
+        unlabeled=int(entry.get("unlabeled", 0)),
     )
 
 
@@ -136,21 +146,21 @@ def _check(manifest: Manifest, file: Path) -> None:
             raise DataError(f"{where}: split {split.name!r} is empty; convert a source that has images in it")
         if len(split.class_counts) != manifest.num_classes:
             raise DataError(f"{where}: split {split.name!r} counts {len(split.class_counts)} classes but the dataset names {manifest.num_classes}")
-        if sum(split.class_counts) != split.count:
-            raise DataError(f"{where}: split {split.name!r} has {split.count} rows but its class counts sum to {sum(split.class_counts)}")
+        if sum(split.class_counts) + split.unlabeled != split.count:
+            raise DataError(f"{where}: split {split.name!r} has {split.count} rows but its class counts sum to {sum(split.class_counts) + split.unlabeled}")
 
 
 def load_labels(manifest: Manifest, split: str = "train") -> np.ndarray:
-    """int64 labels [N] of a split, checked against the manifest's row and class counts (DataError when they disagree)."""
+    """int64 labels [N] of a split, -1 where unknown, checked against the manifest's row and class counts (DataError when they disagree)."""
     info = manifest.split(split)
     labels = open_npy(manifest.root / info.labels, np.int64, (info.count,), mmap=False)
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= manifest.num_classes:
+    if low < (-1 if info.unlabeled else 0) or high >= manifest.num_classes:
         raise DataError(
             f"{str(manifest.root / info.labels)!r} has labels {low}..{high}, but the dataset names {manifest.num_classes} classes "
             f"(0..{manifest.num_classes - 1}); convert the dataset again"
         )
-    counts = np.bincount(labels, minlength=manifest.num_classes)
+    counts = np.bincount(labels[labels >= 0], minlength=manifest.num_classes)
     if counts.tolist() != list(info.class_counts):
         bad = int(np.flatnonzero(counts != np.asarray(info.class_counts))[0])
         raise DataError(
@@ -160,7 +170,18 @@ def load_labels(manifest: Manifest, split: str = "train") -> np.ndarray:
     return labels
 
 
-def open_npy(file: Path, dtype: type, shape: tuple[int, ...], *, mmap: bool = True) -> np.ndarray:
+def load_sizes(manifest: Manifest, split: str = "train") -> np.ndarray | None:
+    """int32 [N, 2] (height, width) of the images before conversion reduced them, or None where they were stored as they are."""
+    info = manifest.split(split)
+    if "sizes" not in info.files:
+        return None
+    sizes = open_npy(manifest.root / info.files["sizes"], np.int32, (info.count, 2), mmap=False)
+    if sizes.min() < 1:
+        raise DataError(f"{str(manifest.root / info.files['sizes'])!r} has sizes below 1; convert the dataset again")
+    return sizes
+
+
+def open_npy(file: Path, dtype: Any, shape: tuple[int, ...], *, mmap: bool = True) -> np.ndarray:
     """A .npy file that must have exactly this dtype and shape; read-only memory map unless ``mmap`` is False.  DataError when missing or truncated."""
     if not file.is_file():
         raise DataError(f"{str(file)!r} is missing from its dataset folder; convert the dataset again")

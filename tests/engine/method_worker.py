@@ -6,6 +6,7 @@ world size under torchrun. Usage: python -m tests.engine.method_worker DATA OUT
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,54 @@ from tests.helpers import tiny_recipe
 STEPS = 5
 EVERY = ["batchnorm.groups=4", "data.labeled_batch=4", "data.unlabeled_batch=12", "train.steps_per_epoch=2", "train.steps=8", "optim.lr=0.01"]
 # What a method needs beside its defaults so that its terms are alive within five updates of a tiny network (and dropout, which draws per rank, is off).
-OVERRIDES: dict[str, list[str]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "acr": {"threshold": 0.3, "estimate_after_epoch": 0},
+    "acr_d": {"threshold": 0.3, "estimate_after_epoch": 0},
+    "debiasmatch": {"threshold": 0.3},
+    "dst": {"threshold": 0.3, "dropout": 0.0, "hidden": 16, "reversal_steps": 2},
+    "fixmatch": {"threshold": 0.3},
+    "flexmatch": {"threshold": 0.3},
+    "mean_teacher": {"ramp_epochs": 2},
+    "pi_model": {"ramp_epochs": 2},
+    "self_tuning": {"queue_size": 3, "projection_dim": 16},
+    "shrinkmatch": {"threshold": 0.255, "embed_dim": 8, "aux_hidden": 8, "alignment_length": 3},
+    "simmatch": {"threshold": 0.255, "embed_dim": 8, "alignment_length": 3},
+    "simmatchv2": {"threshold": 0.3, "embed_dim": 8, "neighbours": 3, "bank_batches": 3},
+    "simpro": {"threshold": 0.3},
+    "uda": {"threshold": 0.3},
+}
+# Forms of a method that compute other things: more cases of their own. {case: (method, method options, other overrides)}
+FORMS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "fixmatch-eman": ("fixmatch", {"threshold": 0.3, "pseudo_labels": "teacher"}, ["teacher.buffers=average"]),
+    "uda-selected": ("uda", {"threshold": 0.3, "mean_over": "selected"}, []),
+    "mean_teacher-sum": ("mean_teacher", {"ramp_epochs": 2, "sum_classes": True, "sum_rows": True}, ["teacher.mode=train"]),
+    "shrinkmatch-cifar": (
+        "shrinkmatch",
+        {"threshold": 0.3, "bank": False, "pseudo_labels": "student", "unlabeled_weight": 1.0, "aux_hidden": 8, "alignment_length": 3, "ratio_reset": True},
+        [],
+    ),
+    "shrinkmatch-stl10": (
+        "shrinkmatch",
+        {"threshold": 0.3, "bank": False, "pseudo_labels": "student", "alignment": "moving", "hard_targets": True, "shrink_scores": "raw", "aux_views": "all",
+         "aux_hidden": 8},
+        [],
+    ),
+    "simmatch-shuffled": (
+        "simmatch",
+        {"threshold": 0.3, "embed_dim": 8, "alignment_length": 3},
+        ["teacher.mode=train", "teacher.shuffle=true", "teacher.buffers=leave"],
+    ),
+    "self_tuning-moving": ("self_tuning", {"queue_size": 3, "projection_dim": 16}, ["teacher.when=by_method", "teacher.mode=train"]),
+}  # fmt: skip
 
 
 def cases() -> dict[str, tuple[str, list[str]]]:
-    """Case name -> (method, overrides): every registered method once."""
-    return {name: (name, OVERRIDES.get(name, [])) for name in methods.names()}
+    """Case name -> (method, overrides): every registered method once, then its other forms."""
+    every = {name: (name, OVERRIDES.get(name, {}), []) for name in methods.names()}
+    return {
+        case: (name, [f"method.{key}={json.dumps(value)}" for key, value in options.items()] + more)
+        for case, (name, options, more) in {**every, **FORMS}.items()
+    }
 
 
 def run_case(data: Path, out: Path, method: str, overrides: list[str]) -> dict[str, Any]:

@@ -59,3 +59,10 @@ def test_extents_outside_the_canvas_are_refused(root, tmp_path):
     np.save(tmp_path / "photo" / "train.extents.npy", extents)
     with pytest.raises(DataError, match="extents outside"):
         open_source(tmp_path / "photo")
+
+
+def test_a_resident_copy_is_made_in_pieces(root, monkeypatch):
+    whole = open_source(root / "photo", device="cpu")._resident[0]
+    monkeypatch.setattr("fastssl.sources.arrays._SLAB", 1)
+    assert torch.equal(open_source(root / "photo", device="cpu")._resident[0], whole)
+    assert np.array_equal(whole.numpy(), np.load(root / "photo" / "train.pixels.npy"))

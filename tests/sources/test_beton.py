@@ -2,19 +2,27 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.beton_writer import BetonWriter
-from data_tools.readers import Picture
+from data_tools.beton_writer import page_size
 from fastssl.errors import DataError
+from fastssl.sources import open_source
 from fastssl.sources.beton import ALLOCATION, FIELD, HEADER, MODE_RAW, open_beton, record_dtype
+from fastssl.types import RawBatch
+from tests.data_tools.collections import write_beton
+from tests.sources.engines import ENGINES
 
 
-def handmade(path, images, labels=None, *, fields=((2, b"image"), (1, b"label")), version=2):
-    """A beton with raw images packed after the tables (foreign writers may order allocations and fields as they like)."""
+def handmade(path, images, labels=None, *, fields=((2, b"image"), (1, b"label")), version=2, start=1 << 21):
+    """A beton with raw images packed from ``start`` on (foreign writers may order allocations and fields as they like).
+
+    The first image field, or the one named "image", shows the images; others show them in reverse.
+    """
     record = record_dtype([type_id for type_id, _ in fields])
-    start = 1 << 21
+    images_at = [place for place, (type_id, _) in enumerate(fields) if type_id == 2]
+    shown = next((place for place in images_at if fields[place][1] == b"image"), images_at[0] if images_at else None)
     header, table = np.zeros(1, HEADER), np.zeros(len(fields), FIELD)
     records, allocations = np.zeros(len(images), record), np.zeros(len(images), ALLOCATION)
     for entry, (type_id, name) in zip(table, fields, strict=True):
@@ -25,14 +33,17 @@ def handmade(path, images, labels=None, *, fields=((2, b"image"), (1, b"label"))
         address = start + len(blob)
         for place, (type_id, name) in enumerate(fields):
             if type_id == 2:
-                records[f"f{place}"][i] = (MODE_RAW, image.shape[1], image.shape[0], address)
+                records[f"f{place}"][i if place == shown else -1 - i] = (MODE_RAW, image.shape[1], image.shape[0], address)
             elif name == b"label":
                 records[f"f{place}"][i] = labels[i]
         allocations[i] = (i, address, image.nbytes)
         blob += image.tobytes()
-    header[0] = (version, len(fields), start, len(images), start + len(blob))
+    header[0] = (version, len(fields), 1 << 21, len(images), start + len(blob))
     head = header.tobytes() + table.tobytes() + records.tobytes()
-    path.write_bytes(head.ljust(start, b"\0") + blob + allocations[::-1].tobytes())
+    with open(path, "wb") as file:
+        file.write(head)
+        file.seek(start)  # a hole: a huge file takes no space
+        file.write(blob + allocations[::-1].tobytes())
     return path
 
 
@@ -56,6 +67,38 @@ def test_label_field_is_found_by_name_among_other_fields(tmp_path):
     fields = ((0, b"weight"), (1, b"index"), (2, b"photo"), (3, b"note"), (1, b"label"))
     beton = open_beton(handmade(tmp_path / "a.beton", IMAGES, [1, 1, 0, 2, 2], fields=fields))
     assert beton.labels_N.tolist() == [1, 1, 0, 2, 2]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ((2, b"image"),),
+        ((1, b"class"), (2, b"photo")),
+        ((2, b"thumb"), (1, b"label"), (2, b"image")),
+        ((2, b"photo"), (2, b"mask"), (3, b"note"), (4, b"box"), (5, b"facts"), (6, b"points"), (0, b"weight")),
+    ],
+)
+def test_engines_read_foreign_files(tmp_path, engine, fields):
+    file = handmade(tmp_path / "a.beton", IMAGES, [4, 3, 2, 1, 0], fields=fields)
+    source = open_source(file, engine=engine)
+    out = RawBatch.allocate(5, *source.canvas)
+    source.fill(np.asarray([4, 0, 2, 2, 1]), out)
+    assert out.pixels_BHWC[:, 0, 0, 0].tolist() == [4, 0, 2, 2, 1] and (out.extent_B2 == torch.tensor([2, 3])).all()
+    expected = {b"label": [4, 3, 2, 1, 0], b"class": [0] * 5}  # handmade() fills only a field of that name
+    assert source.labels_N.tolist() == expected.get(dict(fields).get(1), [-1] * 5)
+    source.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_addresses_beyond_4_gib(tmp_path, engine):
+    file = handmade(tmp_path / "huge.beton", IMAGES, [0, 1, 2, 3, 4], start=(1 << 32) + (1 << 21))
+    assert file.stat().st_size > 1 << 32 and file.stat().st_blocks < 1 << 15
+    source = open_source(file, engine=engine)
+    out = RawBatch.allocate(5, *source.canvas)
+    source.fill(np.asarray([4, 3, 2, 1, 0]), out)
+    assert out.pixels_BHWC[:, 1, 2, 2].tolist() == [4, 3, 2, 1, 0]
+    source.close()
 
 
 def test_file_without_labels(tmp_path):
@@ -119,11 +162,7 @@ def test_writer_starts_a_new_page_when_an_image_does_not_fit(tmp_path):
     side = 800  # 1.92 MB: one image fills most of a 2 MiB page
     random = np.random.RandomState(0)
     images = [random.randint(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(3)]
-    writer = BetonWriter(tmp_path, "train", 3, np.full((3, 2), side), mode="raw")
-    for label, image in enumerate(images):
-        writer.add(Picture(image), label)
-    writer.finish()
-    beton = open_beton(tmp_path / "train.beton")
+    beton = open_beton(write_beton(tmp_path, images))
     first, last = beton.ptr_N // beton.page_size, (beton.ptr_N + beton.size_N - 1) // beton.page_size
     assert (first == last).all() and len(set(first.tolist())) == 3
     for image, start, size in zip(images, beton.ptr_N, beton.size_N, strict=True):
@@ -131,11 +170,6 @@ def test_writer_starts_a_new_page_when_an_image_does_not_fit(tmp_path):
 
 
 def test_writer_takes_larger_pages_for_larger_images_and_refuses_impossible_ones(tmp_path):
-    writer = BetonWriter(tmp_path, "big", 1, np.asarray([[1000, 1000]]), mode="raw")
-    writer.add(Picture(np.zeros((1000, 1000, 3), np.uint8)), 0)
-    writer.finish()
-    assert open_beton(tmp_path / "big.beton").page_size == 1 << 22
-    with pytest.raises(DataError, match="too large"):
-        BetonWriter(tmp_path, "huge", 1, np.asarray([[70000, 10]]))
+    assert open_beton(write_beton(tmp_path, [np.zeros((1000, 1000, 3), np.uint8)])).page_size == 1 << 22
     with pytest.raises(DataError, match="page"):
-        BetonWriter(tmp_path, "huge", 1, np.asarray([[60000, 60000]]))
+        page_size(60000 * 60000 * 3)

@@ -1,4 +1,7 @@
-"""What every source promises, held against every way in which the same pictures can be stored."""
+"""What every source promises, held against every way in which the same pictures can be stored and read.
+
+``test_contract_streams.py`` holds what a feed makes of them.
+"""
 
 import os
 import threading
@@ -10,71 +13,43 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_tools.convert import convert
-from data_tools.readers import open_raw
 from fastssl.errors import DataError
 from fastssl.sources import Source, open_source
 from fastssl.types import RawBatch
-from tests.data_tools.collections import idx_folder, photo_folders
-
-KINDS = ["grey arrays", "grey resident", "grey raw beton", "photo arrays", "photo raw beton", "photo jpeg beton", "photo jpeg beton 3 workers", "bare beton"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Raw collections and their conversions; the true pictures are those of the raw readers."""
-    root = tmp_path_factory.mktemp("world")
-    raws = {"grey": idx_folder(root / "grey"), "photo": photo_folders(root / "photo")}
-    for name, raw in raws.items():
-        convert(raw, root / f"{name}-arrays")
-        convert(raw, root / f"{name}-raw", format="ffcv", mode="raw")
-        convert(raw, root / f"{name}-auto", format="ffcv")
-    return root, {name: [open_raw(raw).splits["train"].load(i).pixels for i in range(len(open_raw(raw).splits["train"].labels))] for name, raw in raws.items()}
+from tests.sources.worlds import KINDS, TOLERANCE, opened
 
 
 @pytest.fixture(params=KINDS)
-def source_and_truth(request, world):
-    root, truth = world
-    opened = {
-        "grey arrays": lambda: open_source(root / "grey-arrays"),
-        "grey resident": lambda: open_source(root / "grey-arrays", device="cpu"),
-        "grey raw beton": lambda: open_source(root / "grey-raw"),
-        "photo arrays": lambda: open_source(root / "photo-arrays"),
-        "photo raw beton": lambda: open_source(root / "photo-raw", workers=2),
-        "photo jpeg beton": lambda: open_source(root / "photo-auto"),
-        "photo jpeg beton 3 workers": lambda: open_source(root / "photo-auto", workers=3),
-        "bare beton": lambda: open_source(root / "photo-auto" / "train.beton"),
-    }[request.param]()
-    yield opened, truth["grey" if request.param.startswith("grey") else "photo"]
-    opened.close()
+def source_and_truth(request, world, readers):
+    return readers(request.param), world[1]["grey" if request.param.startswith("grey") else "photo"], TOLERANCE.get(request.param, 0)
 
 
-def check(source, truth, rows, out):
-    source.fill(np.asarray(rows), out)
+def check(source, truth, tolerance, rows, out):
+    source.fill(np.asarray(rows, np.int64), out)
     for slot, row in enumerate(rows):
         height, width = out.extent_B2[slot].tolist()
-        assert (height, width) == truth[row].shape[:2]
-        assert np.array_equal(out.pixels_BHWC[slot, :height, :width].numpy(), truth[row])
+        assert (height, width) == truth[row].shape[:2] == tuple(source.extents_N2[row])
+        assert np.abs(out.pixels_BHWC[slot, :height, :width].numpy().astype(int) - truth[row]).max() <= tolerance
 
 
 def test_is_a_source_with_matching_facts(source_and_truth):
-    source, truth = source_and_truth
+    source, truth, _ = source_and_truth
     assert isinstance(source, Source)
-    assert source.num_rows == len(truth) == len(source.labels_N)
-    assert source.labels_N.dtype == np.int64
+    assert source.num_rows == len(truth) == len(source.labels_N) == len(source.extents_N2)
+    assert source.labels_N.dtype == np.int64 and source.sizes_N2 is None
     assert source.canvas == (max(t.shape[0] for t in truth), max(t.shape[1] for t in truth), truth[0].shape[2])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_rows_in_any_order_with_repeats(source_and_truth, data):
-    source, truth = source_and_truth
+    source, truth, tolerance = source_and_truth
     rows = data.draw(st.lists(st.integers(0, len(truth) - 1), max_size=12))
-    check(source, truth, rows, RawBatch.allocate(12, *source.canvas))
+    check(source, truth, tolerance, rows, RawBatch.allocate(12, *source.canvas))
 
 
 def test_writes_pixels_and_extents_only(source_and_truth):
-    source, _ = source_and_truth
+    source, _, _ = source_and_truth
     out = RawBatch.allocate(4, *source.canvas)
     out.pixels_BHWC.fill_(9)
     before = {name: tensor.clone() for name, tensor in out.tensors().items()}
@@ -86,20 +61,20 @@ def test_writes_pixels_and_extents_only(source_and_truth):
 
 
 def test_larger_canvas_takes_the_image_top_left(source_and_truth):
-    source, truth = source_and_truth
+    source, truth, tolerance = source_and_truth
     height, width, channels = source.canvas
-    check(source, truth, [2, 0, 2], RawBatch.allocate(3, height + 3, width + 5, channels))
+    check(source, truth, tolerance, [2, 0, 2], RawBatch.allocate(3, height + 3, width + 5, channels))
 
 
 def test_two_threads_fill_different_batches(source_and_truth):
-    source, truth = source_and_truth
+    source, truth, tolerance = source_and_truth
     errors = []
 
     def work(seed):
         random, out = np.random.RandomState(seed), RawBatch.allocate(8, *source.canvas)
         try:
             for _ in range(40):
-                check(source, truth, random.randint(0, len(truth), 8).tolist(), out)
+                check(source, truth, tolerance, random.randint(0, len(truth), 8).tolist(), out)
         except BaseException as error:  # noqa: BLE001 - handed to the main thread
             errors.append(error)
 
@@ -113,13 +88,13 @@ def test_two_threads_fill_different_batches(source_and_truth):
 
 @pytest.mark.parametrize("rows", [[-1], [0, 10**6]])
 def test_unknown_rows_are_refused(source_and_truth, rows):
-    source, _ = source_and_truth
+    source, _, _ = source_and_truth
     with pytest.raises(DataError, match="does not exist"):
         source.fill(np.asarray(rows), RawBatch.allocate(2, *source.canvas))
 
 
 def test_unfit_buffers_are_refused(source_and_truth):
-    source, _ = source_and_truth
+    source, _, _ = source_and_truth
     height, width, channels = source.canvas
     with pytest.raises(DataError, match="do not fit"):
         source.fill(np.arange(3), RawBatch.allocate(2, height, width, channels))
@@ -129,8 +104,9 @@ def test_unfit_buffers_are_refused(source_and_truth):
         source.fill(np.arange(1), RawBatch.allocate(2, height, width, channels, device="meta"))
 
 
-def test_closed_source_says_so(source_and_truth):
-    source, _ = source_and_truth
+@pytest.mark.parametrize("kind", KINDS)
+def test_closed_source_says_so(world, kind):
+    source = opened(world[0], kind)
     source.close()
     source.close()
     with pytest.raises(DataError, match="closed"):
@@ -139,13 +115,13 @@ def test_closed_source_says_so(source_and_truth):
 
 def test_the_split_is_honoured(world):
     root, _ = world
-    for name in ("photo-arrays", "photo-auto"):
+    for name in ("photo-arrays", "photo-auto", "photo-shards"):
         source = open_source(root / name, "test")
         assert source.labels_N.tolist() == [0, 0, 1, 1, 2, 2]
         source.close()
 
 
-@pytest.mark.parametrize("name", ["grey-arrays", "grey-raw", "photo-auto", "photo-auto/train.beton"])
+@pytest.mark.parametrize("name", ["grey-arrays", "grey-raw", "photo-auto", "photo-auto/train.beton", "photo-shards"])
 def test_open_and_close_leak_no_file_and_no_thread(world, name):
     root, _ = world
     process = psutil.Process(os.getpid())
@@ -169,7 +145,10 @@ def test_bad_requests_name_the_valid_ones(world):
         ({"path": root / "grey-arrays", "split": "tset"}, "did you mean 'test'"),
         ({"path": root / "grey-arrays", "kind": "array"}, "did you mean 'arrays'"),
         ({"path": root / "grey-arrays", "kind": "ffcv"}, "--format ffcv"),
+        ({"path": root / "grey-arrays", "kind": "shards"}, "--format dali"),
+        ({"path": root / "grey-raw", "kind": "dali"}, "--format dali"),
         ({"path": root / "grey-raw", "device": "cpu"}, "arrays format"),
+        ({"path": root / "photo-shards", "device": "cpu"}, "arrays format"),
         ({"path": root / "grey-raw", "workers": 0}, "at least 1 worker"),
         ({"path": root / "photo-auto" / "train.beton", "kind": "arrays"}, "beton"),
         ({"path": root / "nothing here"}, "does not exist"),

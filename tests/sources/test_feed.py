@@ -129,7 +129,7 @@ def test_memory_is_bounded_and_buffers_are_reused(device):
         time.sleep(0.1)
         made = source.fills // 2
         assert made <= 30 + 3, "no more than `ahead` steps are read ahead"
-    assert (size == 4 * (8 + 16) * (60 + 8 + 5 * 8 + 1)) or device == "cuda"
+    assert (size == 4 * (8 + 16) * (60 + 8 + 8 + 5 * 8 + 1)) or device == "cuda"
 
 
 def test_only_time_without_data_counts_as_waiting():
@@ -183,6 +183,149 @@ def test_a_dead_thread_is_noticed(monkeypatch):
     with Feed(make_streams(), stall_timeout_s=30) as feed:
         with pytest.raises(TrainingError, match="died before step 0"):
             feed.next()
+
+
+class DyingSource(FakeSource):
+    """Ends its thread, instead of raising an error, at the fill with this number."""
+
+    def __init__(self, at: int, death: type[BaseException]):
+        super().__init__()
+        self.at, self.death = at, death
+
+    def fill(self, rows, out):
+        if self.fills == self.at:
+            raise self.death()
+        super().fill(rows, out)
+
+
+@pytest.mark.parametrize("death", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_a_thread_that_dies_at_step_k_is_an_error_at_step_k_and_does_not_end_the_caller(death):
+    began = time.monotonic()
+    with Feed(make_streams(DyingSource(at=5, death=death)), ahead=3, stall_timeout_s=60) as feed:
+        feed.next(), feed.next()
+        for _ in range(2):
+            with pytest.raises(TrainingError, match=f"ended by {death.__name__} while reading stream 'unlabeled', step 2"):
+                feed.next()
+        assert feed.step == 2
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 9])
+def test_an_error_at_step_k_comes_at_step_k_however_far_the_feed_is_ahead(k):
+    class Source(FakeSource):
+        def fill(self, rows, out):
+            if self.fills == 2 * k:
+                raise OSError("disk on fire")
+            super().fill(rows, out)
+
+    source = Source()
+    with Feed(make_streams(source), ahead=4) as feed:
+        for _ in range(k):
+            feed.next()
+        with pytest.raises(TrainingError, match=f"step {k}, rows .*disk on fire"):
+            feed.next()
+    assert source.fills == 2 * k, "nothing is read after an error"
+
+
+def test_closing_in_the_middle_of_a_read_waits_for_it_and_starts_no_other():
+    entered, hold = threading.Event(), threading.Event()
+
+    class Source(FakeSource):
+        def fill(self, rows, out):
+            entered.set()
+            hold.wait(30)
+            super().fill(rows, out)
+
+    source = Source()
+    feed = Feed(make_streams(source))
+    assert entered.wait(30)
+    threading.Timer(0.2, hold.set).start()
+    feed.close()
+    assert source.fills == 1 and not feed._thread.is_alive()
+
+
+def test_closing_while_the_source_hangs_returns_within_seconds(monkeypatch):
+    monkeypatch.setattr("fastssl.sources.feed._CLOSE_S", 0.2)
+    hold = threading.Event()
+    try:
+        feed = Feed(make_streams(FakeSource(hold=hold)), stall_timeout_s=600)
+        began = time.monotonic()
+        feed.close()
+        assert time.monotonic() - began < 30
+        with pytest.raises(TrainingError, match="closed"):
+            feed.next()
+    finally:
+        hold.set()
+
+
+class UnevenSource(FakeSource):
+    """Images of different sizes on a canvas of 8x10, of which the original was twice as large; the padding is garbage."""
+
+    canvas = (8, 10, 3)
+
+    def __init__(self):
+        super().__init__()
+        self.extents_N2 = np.stack([1 + np.arange(N) % 4, 1 + np.arange(N) % 7], axis=1).astype(np.int32)
+        self.sizes_N2 = 2 * self.extents_N2
+
+    def fill(self, rows, out):
+        out.pixels_BHWC.copy_(torch.from_numpy(np.random.randint(0, 256, out.pixels_BHWC.shape, np.uint8)))
+        for slot, row in zip(out.pixels_BHWC.numpy(), rows.tolist(), strict=True):
+            h, w = self.extents_N2[row]
+            slot[:h, :w] = row + np.arange(h * w * 3).reshape(h, w, 3)
+        out.extent_B2.copy_(torch.from_numpy(self.extents_N2[rows]))
+        self.fills += 1
+
+
+@pytest.mark.parametrize("pack", ["off", "on", "auto"])
+def test_packed_and_whole_canvases_arrive_alike(device, pack):
+    source = UnevenSource()
+    with Feed(make_streams(source), stop_step=9, device=device, pack=pack) as feed:
+        for batches in feed:
+            for batch in snapshot(batches).values():
+                rows = batch["row_B"].numpy()
+                assert np.array_equal(batch["extent_B2"].numpy(), source.extents_N2[rows])
+                assert np.array_equal(batch["size_B2"].numpy(), source.sizes_N2[rows])
+                for pixels, row, (h, w) in zip(batch["pixels_BHWC"].numpy(), rows, batch["extent_B2"].tolist(), strict=True):
+                    assert np.array_equal(pixels[:h, :w], row + np.arange(h * w * 3).reshape(h, w, 3))
+                    assert pack != "on" or not pixels[h:].any() and not pixels[:, w:].any()
+
+
+def test_sizes_are_the_extents_where_the_source_knows_no_others():
+    with Feed(make_streams(), stop_step=3) as feed:
+        assert all(torch.equal(b.size_B2, b.extent_B2) for batches in feed for b in batches.values())
+
+
+def test_a_packed_batch_stays_untouched_until_the_following_next():
+    with Feed(make_streams(UnevenSource()), ahead=2, pack="on") as feed:
+        for _ in range(5):
+            batches = feed.next()
+            before = snapshot(batches)
+            time.sleep(0.02)
+            assert_same(before, snapshot(batches))
+
+
+def test_bytes_per_step_and_memory_are_reported():
+    columns = 8 + 8 + 5 * 8 + 1  # extent, size, five ids, one flag
+    with Feed(make_streams(), ahead=3) as feed:
+        assert feed.bytes_per_step == (8 + 16) * (4 * 5 * 3 + columns)
+        assert feed.nbytes == 4 * feed.bytes_per_step
+        assert "labeled 8 x 4x5x3 (0 % padding, whole canvases)" in feed.describe() and "in 4 slots" in feed.describe()
+    source = UnevenSource()
+    few = np.array([30, 3, 17, 8, 21])
+    lines = -(-source.extents_N2[:, 1] * 3 // 2) * 2 * source.extents_N2[:, 0]  # canvas lines of 30 bytes: words of 2
+    with Feed(make_streams(source), ahead=3, pack="on") as feed:
+        assert feed.bytes_per_step == round(8 * lines[few].mean() + 16 * lines.mean() + 24 * columns)
+        most = 8 * int(lines[few].max()), 16 * int(lines.max())
+        packed = sum(-(-n // 8) * 8 for n in most)
+        # per slot: packed bytes, canvases, and the columns twice; for all slots together: one staging canvas and one landing place per stream
+        assert feed.nbytes == 4 * (packed + 24 * 240 + 2 * 24 * columns) + 24 * 240 + packed
+        assert "packed)" in feed.describe()
+    with Feed(make_streams(source), pack="auto") as feed:
+        share = 100 * (1 - source.extents_N2.prod(axis=1).mean() / 80)
+        assert f"unlabeled 16 x 8x10x3 ({share:.0f} % padding, whole canvases)" in feed.describe(), "on the CPU nothing travels"
+    with pytest.raises(DataError, match="data.pack must be one of auto, on, off, got 'yes'"):
+        Feed(make_streams(), pack="yes")
 
 
 def test_opening_and_closing_leaks_no_threads_or_descriptors():

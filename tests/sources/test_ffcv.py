@@ -12,6 +12,7 @@ from fastssl.sources import open_source
 from fastssl.sources.beton import MODE_JPG, open_beton
 from fastssl.types import RawBatch
 from tests.data_tools.collections import idx_folder, photo_folders, smooth
+from tests.sources.engines import ENGINES
 
 
 @pytest.fixture
@@ -20,23 +21,24 @@ def dataset(tmp_path):
 
 
 def spoil(dataset, row, how):
-    """Damage the stored JPEG of ``row``: "zeros" everywhere, or "tail" only its second half."""
+    """Damage the stored JPEG of ``row``: "zeros" everywhere, "tail" only its second half, "end" its last bytes, well after its tables."""
     file = dataset / "train.beton"
     beton = open_beton(file)
     assert beton.mode_N[row] == MODE_JPG
     start, size = int(beton.ptr_N[row]), int(beton.size_N[row])
     data = bytearray(file.read_bytes())
-    begin = start if how == "zeros" else start + size // 2
+    begin = start + {"zeros": 0, "tail": size // 2, "end": size - 40}[how]
     data[begin : start + size] = bytes(start + size - begin)
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["zeros", "tail"])
+@pytest.mark.parametrize("how", ["zeros", "tail", "end"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_corrupt_jpeg_becomes_grey_and_is_counted(dataset, how, workers):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_corrupt_jpeg_becomes_grey_and_is_counted(dataset, how, workers, engine):
     spoil(dataset, 3, how)
     spoil(dataset, 4, how)
-    source = open_source(dataset, workers=workers)
+    source = open_source(dataset, workers=workers, engine=engine)
     out = RawBatch.allocate(6, *source.canvas)
     with pytest.warns(RuntimeWarning, match="cannot be decoded") as caught:
         source.fill(np.asarray([0, 3, 5, 3, 4, 6]), out)  # earlier pixels of other rows must not shine through
@@ -55,7 +57,8 @@ def test_corrupt_jpeg_becomes_grey_and_is_counted(dataset, how, workers):
     source.close()
 
 
-def test_jpeg_of_another_size_than_recorded_is_bad(dataset):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_jpeg_of_another_size_than_recorded_is_bad(dataset, engine):
     file = dataset / "train.beton"
     beton = open_beton(file)
     same = [row for row in range(beton.num_rows) if beton.mode_N[row] == MODE_JPG]
@@ -65,7 +68,7 @@ def test_jpeg_of_another_size_than_recorded_is_bad(dataset):
     jpeg = data[start : start + int(beton.size_N[other])]
     data[int(beton.ptr_N[row]) : int(beton.ptr_N[row]) + len(jpeg)] = jpeg
     file.write_bytes(data)
-    source = open_source(dataset)
+    source = open_source(dataset, engine=engine)
     out = RawBatch.allocate(1, *source.canvas)
     with pytest.warns(RuntimeWarning, match="size differs"):
         source.fill(np.asarray([row]), out)
@@ -74,11 +77,20 @@ def test_jpeg_of_another_size_than_recorded_is_bad(dataset):
     source.close()
 
 
-def test_truncated_file_is_refused_at_the_door(dataset):
-    data = (dataset / "train.beton").read_bytes()
-    (dataset / "train.beton").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match="truncated"):
-        open_source(dataset)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("damage, match", [("half", "truncated"), ("header", "not a .beton file"), ("descriptors", "fields")])
+def test_damaged_file_is_refused_at_the_door(dataset, engine, damage, match):
+    file = dataset / "train.beton"
+    data = bytearray(file.read_bytes())
+    if damage == "half":
+        del data[len(data) // 2 :]
+    elif damage == "header":
+        data[0] = 77
+    else:
+        data[24:1000] = b"\xff" * 976
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=match):
+        open_source(dataset, engine=engine)
 
 
 def test_labels_must_agree_with_the_table(dataset):
@@ -87,6 +99,27 @@ def test_labels_must_agree_with_the_table(dataset):
     np.save(dataset / "train.labels.npy", labels)
     with pytest.raises(DataError, match="other labels"):
         open_source(dataset)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_jpeg_of_twice_the_recorded_size_is_bad_although_it_could_be_reduced_to_it(tmp_path, engine):
+    raw = photo_folders(tmp_path / "raw", same_size=True)
+    for name, side in (("0.jpg", 24), ("3.jpg", 48)):
+        (raw / "train" / "cat" / name).write_bytes(simplejpeg.encode_jpeg(smooth(side, side, 1), 100 if side == 24 else 10, "RGB", "420"))
+    dataset = convert(raw, tmp_path / "data", format="ffcv")
+    file = dataset / "train.beton"
+    beton = open_beton(file)
+    assert beton.height_N[[0, 3]].tolist() == [24, 48] and beton.size_N[3] <= beton.size_N[0]
+    data = bytearray(file.read_bytes())
+    target, origin, size = int(beton.ptr_N[0]), int(beton.ptr_N[3]), int(beton.size_N[3])
+    data[target : target + size] = data[origin : origin + size]
+    file.write_bytes(data)
+    source = open_source(dataset, engine=engine)
+    out = RawBatch.allocate(1, *source.canvas)
+    with pytest.warns(RuntimeWarning, match="size differs"):
+        source.fill(np.asarray([0]), out)
+    assert (out.pixels_BHWC[0, :24, :24] == 127).all() and source.bad_rows == 1
+    source.close()
 
 
 @pytest.mark.ffcv
@@ -136,23 +169,63 @@ class _Pictures:
 
 
 @pytest.mark.ffcv
-@pytest.mark.parametrize("mode", ["raw", "jpg"])
+@pytest.mark.parametrize("mode", ["raw", "jpg", "smart", "proportion"])
 def test_we_read_what_ffcv_writes(tmp_path, mode):
     pytest.importorskip("ffcv", reason="the ffcv package is not installed (make ffcv)")
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
-    file = tmp_path / "theirs.beton"
-    DatasetWriter(str(file), {"image": RGBImageField(write_mode=mode, jpeg_quality=95), "label": IntField()}, num_workers=1).from_indexed_dataset(_Pictures())
-    source = open_source(file, workers=2)
-    assert source.labels_N.tolist() == [i % 3 for i in range(12)]
-    out = RawBatch.allocate(12, *source.canvas)
-    source.fill(np.arange(11, -1, -1), out)
-    for slot, row in enumerate(range(11, -1, -1)):
-        truth = _Pictures()[row][0]
-        height, width = out.extent_B2[slot].tolist()
-        assert (height, width) == truth.shape[:2]
-        difference = np.abs(out.pixels_BHWC[slot, :height, :width].numpy().astype(int) - truth)
-        assert difference.max() == 0 if mode == "raw" else difference.mean() < 12
-    assert source.bad_rows == 0
-    source.close()
+    np.random.seed(0)  # "proportion" draws which image is compressed
+    field = RGBImageField(write_mode=mode, jpeg_quality=95, smart_threshold=43 * 47 * 3)
+    DatasetWriter(str(tmp_path / "theirs.beton"), {"image": field, "label": IntField()}, num_workers=1).from_indexed_dataset(_Pictures())
+    _holds_the_pictures(tmp_path / "theirs.beton", modes={"raw": {1}, "jpg": {0}}.get(mode, {0, 1}))
+
+
+def _holds_the_pictures(file, modes):
+    """Both engines read the twelve pictures and labels; raw ones exactly, compressed ones equally."""
+    stored = open_beton(file).mode_N
+    assert set(stored.tolist()) == modes
+    seen = {}
+    for engine in ("native", "ffcv"):
+        source = open_source(file, workers=2, engine=engine)
+        assert source.labels_N.tolist() == [i % 3 for i in range(12)]
+        out = RawBatch.allocate(12, *source.canvas)
+        out.pixels_BHWC.zero_()
+        source.fill(np.arange(11, -1, -1), out)
+        for slot, row in enumerate(range(11, -1, -1)):
+            truth = _Pictures()[row][0]
+            height, width = out.extent_B2[slot].tolist()
+            assert (height, width) == truth.shape[:2]
+            difference = np.abs(out.pixels_BHWC[slot, :height, :width].numpy().astype(int) - truth)
+            assert difference.max() == 0 if stored[row] != MODE_JPG else difference.mean() < 12
+        assert source.bad_rows == 0
+        source.close()
+        seen[engine] = out.pixels_BHWC.numpy().astype(int)
+    assert np.abs(seen["native"] - seen["ffcv"]).max() <= 1  # two builds of libjpeg
+
+
+class _PicturesAmongOthers(_Pictures):
+    def __getitem__(self, index):
+        index = int(index)
+        image, label = super().__getitem__(index)
+        note = np.frombuffer(b"photo %d" % index, np.uint8)
+        return 0.5 * index, note, 100 + index, np.arange(6, dtype=np.float32).reshape(2, 3) * index, {"n": index}, label, image
+
+
+@pytest.mark.ffcv
+def test_we_read_ffcv_files_with_other_fields_in_another_order(tmp_path):
+    pytest.importorskip("ffcv", reason="the ffcv package is not installed (make ffcv)")
+    from ffcv.fields import BytesField, FloatField, IntField, JSONField, NDArrayField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    fields = {
+        "weight": FloatField(),
+        "note": BytesField(),
+        "index": IntField(),
+        "box": NDArrayField(np.dtype("float32"), (2, 3)),
+        "facts": JSONField(),
+        "label": IntField(),
+        "photo": RGBImageField(write_mode="jpg", jpeg_quality=95),
+    }
+    DatasetWriter(str(tmp_path / "rich.beton"), fields, num_workers=1).from_indexed_dataset(_PicturesAmongOthers())
+    _holds_the_pictures(tmp_path / "rich.beton", modes={0})
