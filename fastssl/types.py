@@ -77,11 +77,13 @@ class View:
     """A method's wish: this stream's rows, rendered by this policy slot ("weak", "strong", or a name in ``augment.extra``) of the recipe.
 
     ``size`` overrides the recipe's view side in pixels (multi-crop methods).
+    ``each_step`` = False: for ``Method.prepare`` alone; no update renders it and ``Views`` does not hold it.
     """
 
     stream: StreamName
     policy: str
     size: int | None = None
+    each_step: bool = True
 
 
 class Views(Mapping[str, Tensor]):

@@ -13,6 +13,16 @@ from fastssl.augment.pixels import paint
 ONE = 1 << 16  # 1.0 in 16.16 fixed point
 
 
+def centred(extent_B: Tensor, size: int) -> Tensor:
+    """int64 [B]: where a window of ``size`` pixels begins in the middle of ``extent_B`` pixels.
+
+    A half rounds to the even offset, as torchvision's CenterCrop has it; a smaller image gets the larger half of the filling before it.
+    """
+    slack = extent_B - size
+    half = slack.div(2, rounding_mode="floor")
+    return half + (slack > 0) * (slack & 1) * (half & 1)
+
+
 def coefficients(code_M: Tensor, argument_M: Tensor, height_M: Tensor, width_M: Tensor) -> Tensor:
     """float64 [M, 6]: source x = c0 x + c1 y + c2, source y = c3 x + c4 y + c5 (positions of pixel corners); identity for other ops.
 

@@ -6,6 +6,8 @@ resume cannot change it, and every device computes the same integers.
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,10 @@ def words(seed: int, stream: int, view: int, draw_B: Tensor, count: int) -> Tens
     draw_B1 = draw_B.to(torch.int64).unsqueeze(1)
     if count == 0:
         return draw_B1.new_empty(draw_B1.shape[0], 0)
+    if draw_B.is_cuda and type(draw_B) is Tensor and importlib.util.find_spec("triton") is not None:
+        from fastssl.augment import triton_philox  # the same integers in one kernel
+
+        return triton_philox.words(seed, stream, view, draw_B, count)
     block = torch.arange((count + 3) // 4, device=draw_B1.device).unsqueeze(0)
     lane = torch.full_like(block, (stream << 16) | view)
     out = philox4x32((block, lane, draw_B1 & _MASK, (draw_B1 >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK))

@@ -120,11 +120,3 @@ def smooth(pixels_MCHW: Tensor, height_M: Tensor | None, width_M: Tensor | None)
     right = width - 1 if width_M is None else width_M.view(-1, 1, 1, 1) - 1
     inner = ((row > 0) & (row < bottom)) & ((col > 0) & (col < right))
     return torch.where(inner, rounded, pixels_MCHW)
-
-
-def blend_op(pixels_MCHW: Tensor, code_M: Tensor, argument_M: Tensor, height_M: Tensor | None, width_M: Tensor | None) -> Tensor:
-    """Color and Sharpness; other codes come back unchanged."""
-    code = code_M.view(-1, 1, 1, 1)
-    grey = luma(pixels_MCHW).unsqueeze(1)
-    base = torch.where(code == CODE["Sharpness"], smooth(pixels_MCHW, height_M, width_M), torch.where(code == CODE["Color"], grey, pixels_MCHW))
-    return blend(base.float(), pixels_MCHW.float(), argument_M.float().view(-1, 1, 1, 1))

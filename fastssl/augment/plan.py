@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastssl.augment import philox
-from fastssl.augment.ops import NORMAL_TABLE, SPACES, tables
-from fastssl.augment.policy import CROPS, Law, Policy, resized_to
+from fastssl.augment import plan_laws as laws_of
+from fastssl.augment.plan_laws import BY_WORDS, words_needed
+from fastssl.augment.policy import CROPS, Policy, cropped_to, resized_to
 
 
 @dataclass
@@ -22,8 +23,13 @@ class Plan:
     """What was drawn: one mapping of tensors per law of the policy, first axis = row.
 
     flip: ``flip`` bool.  pad_crop: ``y``, ``x`` int64, top-left of the window in the padded image.
+    resized_crop: ``box`` int64 [B, 4] = top, left, height, width in pixels of the canvas (drawn on the original image, then mapped).
+    resize with ``short``: ``height``, ``width`` int64 of the resized image; nothing for the others.  center: nothing.
     randaugment, all [B, n]: ``code`` int64 (index into ``ops.OPS``), ``applied`` bool, ``level`` int64 (units of the space), ``sign`` int64 +-1.
     cutout, cutout_fraction: ``box`` int64 [B, 4] = y0, x0, y1, x1, ends included, possibly past the image; empty where y1 < y0.
+    color_jitter: ``applied`` bool, ``order`` int64 [B, 4] (which part comes first ... last, as indices into ``policy.COLOUR_PARTS``),
+    ``factor`` float64 [B, 4] in the order of ``COLOUR_PARTS``: three blend factors and the hue's share of a turn.
+    grayscale, solarize: ``applied`` bool.  blur: ``applied`` bool, ``sigma`` float64, pixels.
     """
 
     laws: tuple[dict[str, Tensor], ...]
@@ -41,73 +47,39 @@ class Plan:
                 yield f"{i}.{name}", tensor
 
 
-def words_needed(law: Law) -> int:
-    """How many 32-bit words of a row the law takes."""
-    if law.name == "randaugment":
-        return 4 * law["n"]
-    return {"resize": 0, "center": 0, "flip": 1, "pad_crop": 2, "cutout": 2, "cutout_fraction": 3}[law.name]
-
-
-def _randaugment(law: Law, word: Tensor) -> dict[str, Tensor]:
-    space, n = SPACES[law["space"]], law["n"]
-    choice, apply, level, sign = word.unflatten(1, (n, 4)).unbind(2)
-    t = tables(space, word.device)
-    if space.level == "integer":
-        drawn = space.low + philox.below(level, space.high - space.low + 1)
-    elif space.level == "uniform":
-        drawn = level >> 8
-    else:
-        drawn = t["normal"][philox.below(level, NORMAL_TABLE)]
-    code = t["pool"][philox.below(choice, len(space.pool))]
-    return {"code": code, "applied": philox.chance(apply, law["p"]), "level": drawn, "sign": 1 - 2 * (sign >> 31)}
-
-
-def cutout_box(law: Law, word: Tensor, extent_B2: Tensor) -> dict[str, Tensor]:
-    """The box of ``cutout`` from two words per row (y, x): centre = word / 2^32 * extent."""
-    centre = philox.below(word, extent_B2)  # floor of the continuous centre; flooring before or after the shift is the same for whole shifts
-    first = (centre - law["side"] // 2).clamp_min(0)
-    return {"box": torch.cat([first, torch.minimum(extent_B2, first + law["side"])], 1)}
-
-
-def cutout_fraction_box(law: Law, word: Tensor, extent_B2: Tensor) -> dict[str, Tensor]:
-    """The box of ``cutout_fraction`` from three words per row (side, y, x), in exactly rounded float64."""
-    side = word[:, :1].double() / (1 << 32) * law["most"] * extent_B2[:, 1:]
-    centre = word[:, 1:].double() / (1 << 32) * extent_B2
-    first = (centre - side / 2).clamp_min(0).trunc()
-    last = torch.minimum(extent_B2.double(), first + side).trunc()
-    last = torch.where(side > 0, last, first - 1)
-    return {"box": torch.cat([first, last], 1).long()}
-
-
-def draw(policy: Policy, *, seed: int, stream: int, view: int, draw_B: Tensor, extent_B2: Tensor) -> Plan:
+def draw(policy: Policy, *, seed: int, stream: int, view: int, draw_B: Tensor, extent_B2: Tensor, size_B2: Tensor | None = None) -> Plan:
     """The plan of one view of B rows, on the device of ``draw_B``.
 
-    ``draw_B`` int64: position of each row's use in the stream's infinite sequence; ``extent_B2``: valid (height, width) in pixels.
-    Depends on nothing but (seed, stream, view, draw) and, for offsets and boxes, the extent of the same row.
+    ``draw_B`` int64: position of each row's use in the stream's infinite sequence; ``extent_B2``: valid (height, width) of the canvas in pixels;
+    ``size_B2``: (height, width) of the original image, None where it is the extent (a row of zeros too): resized crops and ``short`` follow it.
+    Depends on nothing but (seed, stream, view, draw) and, for offsets and boxes, the extent and size of the same row.
     """
     need = [words_needed(law) for law in policy.laws]
     word = philox.words(seed, stream, view, draw_B, sum(need))
-    extent = extent_B2.to(torch.int64)
+    extent = extent_B2.to(torch.int64).clamp_min(1)  # a row of padding has none
+    size = extent if size_B2 is None else torch.where(size_B2 > 0, size_B2.to(torch.int64), extent)
     laws: list[dict[str, Tensor]] = []
     for law, mine in zip(policy.laws, word.split(need, dim=1), strict=True):
         drawn: dict[str, Tensor] = {}
-        if law.name == "flip":
-            drawn = {"flip": philox.chance(mine[:, 0], law["p"])}
+        if law.name in BY_WORDS:
+            drawn = BY_WORDS[law.name](law, mine)
         elif law.name == "pad_crop":
-            slack = extent + 2 * law["pad"] - policy.size
-            # an image that stays smaller than the view even when padded has one position, the middle; the padding rule goes on outside
-            first = torch.where(slack < 0, slack.div(2, rounding_mode="floor"), philox.below(mine, slack.clamp_min(0) + 1))
-            drawn = {"y": first[:, 0], "x": first[:, 1]}
-        elif law.name == "randaugment":
-            drawn = _randaugment(law, mine)
+            drawn = laws_of.pad_crop(law, mine, extent, policy.size)
+        elif law.name == "resized_crop":
+            drawn = {"box": laws_of.on_canvas(laws_of.crop_box(law, mine, size), size, extent)}
         elif law.name == "cutout":
-            drawn = cutout_box(law, mine, extent)
+            drawn = laws_of.cutout_box(law, mine, extent)
         elif law.name == "cutout_fraction":
-            drawn = cutout_fraction_box(law, mine, extent)
-        laws.append(drawn)
+            drawn = laws_of.cutout_fraction_box(law, mine, extent)
         if law.name in CROPS:
-            extent = torch.full_like(extent, policy.size)
+            extent = torch.full_like(extent, cropped_to(law, policy.size))
+        elif law.name == "resize" and law["short"] is not None:
+            extent = laws_of.short_side(law, size)
+            drawn = {"height": extent[:, 0], "width": extent[:, 1]}
         elif law.name == "resize":
             height, width = resized_to(law, policy.size)
             extent = torch.stack([torch.full_like(extent[:, 0], height), torch.full_like(extent[:, 1], width)], 1)
+        if law.name in CROPS or law.name == "resize":
+            size = extent
+        laws.append(drawn)
     return Plan(tuple(laws))

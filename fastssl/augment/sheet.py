@@ -65,11 +65,13 @@ def contact_sheet(
     captions: Sequence[str] | None = None,
     tile: int = 128,
     title: str = "",
+    size_B2: Tensor | None = None,
 ) -> Image.Image:
     """One line of pictures per canvas: the original, then ``views`` draws of each policy, in the mapping's order.
 
     ``policies``: column heading -> policy; the i-th is drawn as view number i.  Draw j of row r has draw number r * views + j, so a sheet is
     as repeatable as training.  ``captions``: a text per row under its original (else its size).  ``tile``: side of a picture in screen pixels.
+    ``size_B2``: sizes of the original images, where the canvases are reduced ones.
     """
     pixels_BHWC, extent_B2 = pixels_BHWC.cpu(), extent_B2.cpu()
     rows = pixels_BHWC.shape[0]
@@ -83,7 +85,8 @@ def contact_sheet(
     for number, policy in enumerate(policies.values()):
         position = torch.arange(rows * views)
         source = position // views
-        plan = draw(policy, seed=seed, stream=stream, view=number, draw_B=position, extent_B2=extent_B2[source])
+        size = None if size_B2 is None else size_B2.cpu()[source]
+        plan = draw(policy, seed=seed, stream=stream, view=number, draw_B=position, extent_B2=extent_B2[source], size_B2=size)
         made = render_uint8(policy, plan, pixels_BHWC[source], extent_B2[source]).permute(0, 2, 3, 1).numpy()
         for j in range(views):
             columns.append([(made[r * views + j], describe(policy, plan, r * views + j)) for r in range(rows)])

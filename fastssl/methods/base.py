@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -111,3 +112,17 @@ class Method(nn.Module):
     def kept(self, name: str) -> Tensor:
         """What :meth:`keep` holds."""
         return self._kept[name]
+
+
+def check_range(config: Any, *names: str, low: float = 0.0, high: float = math.inf) -> None:
+    """For a Config's ``__post_init__``: ValueError that names the field, its value and the range unless low <= value <= high for every named field."""
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ValueError(f"{name} = {value} must be {f'at least {low:g}' if high == math.inf else f'in [{low:g}, {high:g}]'}")
+
+
+def check_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """The same for a field that must be one of a few words."""
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name} = {getattr(config, name)!r} must be one of {', '.join(choices)}")

@@ -31,7 +31,7 @@ def regroup(sizes: Sequence[int], groups: int) -> tuple[Tensor, Tensor]:
     ``sizes`` are rows per view; group g gets the g-th contiguous piece of each view, in view order.  int64 [sum(sizes)] each:
     ``x[order]`` is the grouped batch, ``y[inverse]`` undoes it.  This is the definition; :func:`joint_forward` does the same by slicing.
     """
-    _check(sizes, groups)
+    check_shares(sizes, groups)
     starts = [sum(sizes[:v]) for v in range(len(sizes))]
     rows = [start + g * size // groups + i for g in range(groups) for start, size in zip(starts, sizes, strict=True) for i in range(size // groups)]
     order = torch.tensor(rows, dtype=torch.int64)
@@ -47,15 +47,15 @@ def joint_forward(network: nn.Module, *views: Tensor) -> Out | tuple[Out, ...]:
     sizes = [view.shape[0] for view in views]
     groups = int(getattr(network, "bn_groups", 1)) if network.training else 1
     if len(views) == 1:
-        _check(sizes, groups)
+        check_shares(sizes, groups)
         return network(views[0])
     if groups == 1:
         out = network(concatenate(views))
         return tuple(Out(*parts) for parts in _split(out, lambda t: t.split(sizes)))
-    _check(sizes, groups)
+    check_shares(sizes, groups)
     pieces = [view.chunk(groups) for view in views]
     out = network(torch.cat([piece[g] for g in range(groups) for piece in pieces]))
-    return tuple(Out(*parts) for parts in _split(out, _ungroup(sizes, groups)))
+    return tuple(Out(*parts) for parts in _split(out, ungroup(sizes, groups)))
 
 
 def joint_head(network: nn.Module, name: str, *feats: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -63,16 +63,16 @@ def joint_head(network: nn.Module, name: str, *feats: Tensor) -> Tensor | tuple[
     head: nn.Module = network.heads[name]  # type: ignore[index,assignment]
     sizes = [feat.shape[0] for feat in feats]
     groups = int(getattr(network, "bn_groups", 1)) if network.training else 1
-    _check(sizes, groups)
+    check_shares(sizes, groups)
     if len(feats) == 1:
         return head(feats[0])
     if groups == 1:
         return head(torch.cat(feats)).split(sizes)
     pieces = [feat.chunk(groups) for feat in feats]
-    return tuple(_ungroup(sizes, groups)(head(torch.cat([piece[g] for g in range(groups) for piece in pieces]))))
+    return tuple(ungroup(sizes, groups)(head(torch.cat([piece[g] for g in range(groups) for piece in pieces]))))
 
 
-def _ungroup(sizes: Sequence[int], groups: int) -> Callable[[Tensor], list[Tensor]]:
+def ungroup(sizes: Sequence[int], groups: int) -> Callable[[Tensor], list[Tensor]]:
     """From rows in groups, each with an equal share of every view, back to the views."""
     shares = [size // groups for size in sizes]
     return lambda t: [part.flatten(0, 1) for part in t.unflatten(0, (groups, -1)).split(shares, dim=1)]
@@ -102,7 +102,8 @@ def _split(out: Out, cut) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     return [(logits[v], feats[v], {name: parts[v] for name, parts in heads.items()}) for v in range(len(logits))]
 
 
-def _check(sizes: Sequence[int], groups: int) -> None:
+def check_shares(sizes: Sequence[int], groups: int) -> None:
+    """RecipeError unless every view's rows are a multiple of ``groups``."""
     uneven = [size for size in sizes if size % groups]
     if uneven:
         raise RecipeError(f"BatchNorm in {groups} groups per process cannot share a view of {uneven[0]} rows evenly; "

@@ -122,7 +122,7 @@ class PreActResNet(nn.Module):
 
 # The networks by name; every keyword of PreActResNet stays an option. Parameters counted for 3 input channels, without classifier.
 
-# CIFAR-10 (and SVHN, whose published code has conv_bias and bn_eps 1e-3): 128 features, 1 466 320 parameters.
+# CIFAR-10: 128 features, 1 466 320 parameters. models/named.py has the variants that other published code trains under the same name.
 wrn_28_2 = partial(PreActResNet, widths=(16, 32, 64, 128), blocks=4)
 
 # CIFAR-100: 512 features.

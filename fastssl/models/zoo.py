@@ -11,6 +11,7 @@ from fastssl.errors import RecipeError, nearest
 from fastssl.models.checkpoints import load_backbone
 from fastssl.models.external import timm_backbone, timm_names, torchvision_backbone, torchvision_names
 from fastssl.models.heads import build_head, call_builder
+from fastssl.models.named import NAMED, published_network
 from fastssl.models.network import Network
 from fastssl.models.norm import convert_batchnorm
 from fastssl.models.small import small_cnn, small_resnet
@@ -34,8 +35,8 @@ LIBRARIES: dict[str, tuple[Callable[..., tuple[nn.Module, int]], Callable[[], li
 
 
 def list_models() -> list[str]:
-    """All model names: our own first, then ``timm/<name>`` and ``torchvision/<name>``."""
-    return [*BUILDERS, *(f"{library}/{name}" for library, (_, names) in LIBRARIES.items() for name in names())]
+    """All model names: our own first, then published networks, then ``timm/<name>`` and ``torchvision/<name>``."""
+    return [*dict.fromkeys([*BUILDERS, *NAMED]), *(f"{library}/{name}" for library, (_, names) in LIBRARIES.items() for name in names())]
 
 
 def build_network(
@@ -49,6 +50,7 @@ def build_network(
 ) -> Network:
     """The network of a recipe on the CPU, weights drawn from torch's global generator.
 
+    ``model.name`` may be one of the published networks of models/named.py, which stand for a builder and options.
     ``model.options`` go to the backbone's builder, except these that every model takes:
     ``classifier_init``  "default" (PyTorch's) or "xavier" (normal, zero bias);
     ``neck``             {kind: bottleneck | layer_norm | ..., its options}: sits between backbone and classifier, heads and features.
@@ -58,10 +60,10 @@ def build_network(
         raise RecipeError(f"networks take images with 1 or 3 channels, this dataset has {in_channels}")
     if num_classes < 1:
         raise RecipeError(f"num_classes is {num_classes}; it must be at least 1")
-    options = dict(model.options)
+    name, options = published_network(model.name, model.options)
     classifier_init = options.pop("classifier_init", "default")
     neck_options = options.pop("neck", None)
-    backbone, feat_dim = _backbone(model.name, in_channels, options)
+    backbone, feat_dim = _backbone(name, in_channels, options)
     neck = None
     if neck_options is not None:
         neck, feat_dim = _neck(neck_options, feat_dim)
@@ -79,7 +81,7 @@ def _backbone(name: str, in_channels: int, options: dict[str, Any]) -> tuple[nn.
     if slash and library in LIBRARIES:
         return LIBRARIES[library][0](rest, in_channels, options)
     if name not in BUILDERS:
-        raise RecipeError(f"model.name: there is no model {name!r}{nearest(name, list_models())}; own models: {', '.join(BUILDERS)}; "
+        raise RecipeError(f"model.name: there is no model {name!r}{nearest(name, list_models())}; own models: {', '.join(dict.fromkeys([*BUILDERS, *NAMED]))}; "
                           "others as timm/<name> or torchvision/<name>")  # fmt: skip
     backbone = call_builder(BUILDERS[name], (in_channels,), options, f"model.options of {name}")
     return backbone, backbone.feat_dim

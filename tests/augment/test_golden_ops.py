@@ -8,7 +8,7 @@ import torch
 
 from fastssl.augment import Plan, build_policy
 from fastssl.augment.ops import CODE, SPACES, argument
-from fastssl.augment.plan import cutout_box, cutout_fraction_box
+from fastssl.augment.plan_laws import cutout_box, cutout_fraction_box
 from fastssl.augment.reference import render_uint8
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastssl.augment import Plan, build_policy, draw, render
 from fastssl.augment.reference import render_uint8
-from fastssl.augment.resize import resize, taps
+from fastssl.augment.resize import Boxes, boxes_at, boxes_fast, taps
 
 SIDE = st.integers(1, 70)
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -31,6 +31,13 @@ def pillow(image, height, width, mode):
     if image.shape[0] - height <= max(0, 2 * (image.shape[1] - width)):  # every version agrees
         assert out.tobytes() == source.resize((width, height), FILTERS[mode]).tobytes()
     return np.asarray(out).reshape(height, width, image.shape[2])
+
+
+def whole(extent, height, width, mode):
+    """Boxes that are the whole images."""
+    h, w = extent.long().unbind(1)
+    zero = torch.zeros_like(h)
+    return Boxes(zero, zero, h, w, torch.full_like(h, height), torch.full_like(w, width), (height, width), mode)
 
 
 def on_canvas(rng, images):
@@ -55,10 +62,13 @@ def test_equals_pillow_at_any_size(extents, height, width, channels, mode, kind,
     images = [picture(rng, {"n": "noise", "c": "checks", "r": "ramp"}[kind], h, w, channels) for h, w in extents]
     pixels, extent = on_canvas(rng, images)
     before = pixels.clone()
-    for grouped in (True, False):
-        got = resize(pixels.permute(0, 3, 1, 2), extent[:, 0].long(), extent[:, 1].long(), height, width, mode, grouped)
-        for row, image in enumerate(images):
-            assert np.array_equal(got[row].permute(1, 2, 0).numpy(), pillow(image, height, width, mode)), (image.shape, grouped)
+    boxes, places = whole(extent, height, width, mode), [torch.arange(n).expand(len(images), n) for n in (height, width)]
+    got = boxes_at(pixels.permute(0, 3, 1, 2), boxes, *places)
+    near = boxes_fast(pixels.permute(0, 3, 1, 2), boxes, None, None)
+    for row, image in enumerate(images):
+        expected = pillow(image, height, width, mode)
+        assert np.array_equal(got[row].permute(1, 2, 0).numpy(), expected), image.shape
+        assert np.abs(near[row].permute(1, 2, 0).numpy().astype(int) - expected).max() <= (1 if mode == "bilinear" else 2), image.shape
     assert torch.equal(pixels, before)
 
 
@@ -83,7 +93,7 @@ def test_the_transfer_learning_evaluations(channels, device):
     for policy in (squash, enlarge):
         plan = draw(policy, seed=0, stream=2, view=0, draw_B=torch.arange(5), extent_B2=extent)
         assert not list(plan.tensors()), "evaluation draws nothing"
-        got = render_uint8(policy, plan, pixels, extent)
+        got = render_uint8(policy, plan, pixels, extent, mode="grouped")
         dense = render_uint8(policy, plan.to(device), pixels.to(device), extent.to(device), mode="dense")
         assert torch.equal(got, dense.cpu())
         for row, image in enumerate(images):
@@ -92,7 +102,7 @@ def test_the_transfer_learning_evaluations(channels, device):
             else:
                 expected = pillow(image, 224, 224, "bicubic")
             assert np.array_equal(got[row].permute(1, 2, 0).numpy(), expected), (policy.name, image.shape)
-        out = render(policy, plan, pixels, extent, torch.empty(5, channels, 224, 224))
+        out = render(policy, plan, pixels, extent, torch.empty(5, channels, 224, 224), backend="reference")
         assert torch.allclose(out, (got.float() / 255 - 0.5) / 0.25, atol=1e-6)
 
 
@@ -121,7 +131,7 @@ def test_a_view_smaller_or_larger_than_the_resized_image_is_centred():
     image = torch.arange(64, dtype=torch.uint8).view(1, 8, 8, 1)
     for side, name in ((4, "small"), (8, "same")):
         policy = build_policy([{"resize": {"size": side}}], size=6, channels=1, mean=(0.5,), std=(0.5,))
-        got = render_uint8(policy, Plan(({}, {})), image, torch.tensor([[8, 8]]))[0, 0].numpy()
+        got = render_uint8(policy, Plan(({}, {})), image, torch.tensor([[8, 8]]), mode="grouped")[0, 0].numpy()
         full = pillow(image[0].numpy(), side, side, "bicubic")[..., 0]
         expected = np.pad(full, 1) if name == "small" else full[1:7, 1:7]
         assert np.array_equal(got, expected)

@@ -41,3 +41,17 @@ def test_labels_wrap_inside_their_column():
     assert " ".join(lines) == text and len(lines) > 2
     assert all(font.getlength(line) <= 128 for line in lines)
     assert "TranslateX +0.27," in " | ".join(lines), "a law is not torn apart where it fits"
+
+
+def test_views_of_reduced_canvases_are_drawn_on_the_original_size():
+    """The sheet shows the boxes that training draws: on the image before its reduction."""
+    pixels = torch.randint(0, 256, (1, 30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    extent, size = torch.tensor([[30, 40]]), torch.tensor([[300, 400]])
+    rule = build_policy("imagenet_strong", size=24, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
+    sheets = [contact_sheet(pixels, extent, {"strong": rule}, views=3, seed=5, tile=48, size_B2=given) for given in (size, None)]
+    plan = draw(rule, seed=5, stream=1, view=0, draw_B=torch.arange(3), extent_B2=extent.expand(3, 2), size_B2=size.expand(3, 2))
+    view = render_uint8(rule, plan, pixels[[0, 0, 0]], extent.expand(3, 2))[0].permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
+    for sheet, wanted in zip(sheets, (True, False), strict=True):
+        shown = np.asarray(sheet)
+        left = MARGIN + 48 + GAP + 2 * GAP
+        assert any(np.array_equal(shown[top : top + 48, left : left + 48], view) for top in range(shown.shape[0] - 47)) == wanted

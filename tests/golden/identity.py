@@ -53,7 +53,7 @@ def make_batch(label_B: Tensor, unlabeled_rows: int, step: int = 0, epoch: int =
 def forward_backward(method: Method, logits: dict[str, Tensor], batch: Batch) -> tuple[Loss, dict[str, Tensor]]:
     """Loss and d(total)/d(logits) of every given view (zeros where no gradient arrives or the method does not read the view)."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in logits.items()}
-    wanted = method.views(method.config)
+    wanted = [name for name, view in method.views(method.config).items() if view.each_step]
     loss = method(Views({name: leaves[name] for name in wanted}), batch, identity, identity if method.needs_teacher(method.config) else None)
     loss.total.backward()
     return loss, {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
