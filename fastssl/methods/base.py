@@ -21,6 +21,9 @@ class Forward(Protocol):
     def head(self, name: str, *feats: Tensor) -> Any:
         """Apply an on-request head to features: one tensor -> one tensor, several -> a tuple from ONE joint forward (one BatchNorm batch)."""
 
+    def untracked(self, *views: Tensor) -> Any:
+        """The same answer as ``net(...)``, gradients included, but BatchNorm's running statistics stay as they are."""
+
 
 class TeacherForward(Forward, Protocol):
     """The teacher; ``follow`` moves its average towards the student at once (methods with ``moves_teacher``, under ``teacher.when=by_method``)."""

@@ -144,6 +144,14 @@ def test_the_later_of_two_uses_of_an_image_wins_if_it_is_sure():
     assert method.status.tolist() == [1, 1, -1, 1, -1] and method.counts.tolist() == [0, 3, 0, 0, 2]
 
 
+def test_the_status_does_not_hang_on_the_order_in_which_a_device_writes(monkeypatch):
+    real = torch.Tensor.index_copy_
+    monkeypatch.setattr(torch.Tensor, "index_copy_", lambda self, dim, index, source: real(self, dim, index.flip(0), source.flip(0)))
+    method = make({}, rows=5)
+    teach(method, [3, 3, 3, 1], [0, 2, None, 1])
+    assert method.status.tolist() == [-1, 1, -1, 2, -1]
+
+
 def test_a_status_is_never_taken_back():
     method = make({}, rows=5)
     teach(method, [2], [1])

@@ -129,6 +129,15 @@ def test_more_keys_of_a_class_than_places():
     assert queue.tolist() == [[8, 9], [6, 7], [4, 5], [0, 0]] and pointer.tolist() == [1, 1]
 
 
+def test_the_result_does_not_hang_on_the_order_in_which_a_device_writes(monkeypatch):
+    method, keys, labels = make(classes=2, places=2, dim=3), torch.randn(9, 3).double(), torch.tensor([0, 0, 1, 0, 0, 1, 0, 1, 1])
+    want = method.enqueued(method.queue, method.pointer, keys, labels)
+    real = torch.Tensor.index_copy
+    monkeypatch.setattr(torch.Tensor, "index_copy", lambda self, dim, index, source: real(self, dim, index.flip(0), source.flip(0)))
+    got = method.enqueued(method.queue, method.pointer, keys, labels)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and not torch.equal(got[0], method.queue)
+
+
 def test_the_unlabelled_call_meets_the_labelled_keys():
     method = make(classes=1, labeled=1, unlabeled=1, places=1, temperature=1.0)
     views = make_views(1, 1, 1, 1)

@@ -150,6 +150,16 @@ def test_uda(seed, labeled, unlabeled, classes, a_s, separate, threshold, strict
     np.testing.assert_array_equal(result[0].pseudo.mask_B.numpy(), mask)
 
 
+@pytest.mark.parametrize("over", ["all", "selected"])
+def test_uda_divides_by_all_rows_or_by_the_selected_ones(over):
+    weak = torch.tensor([[9.0, 0, 0, 0], [0.1, 0, 0, 0], [0, 0, 9.0, 0], [0, 0, 0, 0.2], [0, 0, 0, 0]], dtype=torch.float64)
+    logits = make_logits("uda") | {"u_w": weak}
+    terms = {"threshold": 0.9, "strict": False, "weight": 1.0, "target_temperature": 0.4, "student_temperature": 1.0}
+    unsup, grad, mask = reference.kl_rows(weak.numpy(), logits["u_s"].numpy(), over=over, **terms)
+    assert mask.tolist() == [1, 0, 1, 0, 0]
+    compare("uda", logits, run("uda", logits, threshold=0.9, mean_over=over), 0.0, unsup, {"u_s": grad})
+
+
 def test_uda_without_a_selected_row_has_no_second_term():
     loss, grads, _ = run("uda", make_logits("uda"), threshold=1.01, mean_over="selected")
     assert float(loss.parts["unsup_loss"]) == 0.0 and not grads["u_s"].any() and torch.isfinite(loss.total)
