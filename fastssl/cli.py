@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from typing import Any
 
 from fastssl import __version__
 from fastssl.errors import FastSSLError, nearest
+from fastssl.selftrain.verbs import add_selftrain_verbs
 
 EXAMPLES = """\
 examples:
   fastssl recipes                                            what can be trained, and the published result of each
   fastssl config show cifar10/fixmatch_4000 optim.lr=0.01    every value, and where it comes from
   fastssl views cifar10/fixmatch_4000 --out views.png        look at the augmented images before spending hours
+  fastssl bench cifar10/fixmatch_4000                        what limits it here, and the next setting to try
   fastssl train cifar10/fixmatch_4000                        train; key=value after the recipe changes any value
   fastssl train cifar10/fixmatch_4000 seed=1 --resume auto   go on with the newest unfinished run of exactly this recipe
   torchrun --standalone --nproc_per_node 2 -m fastssl train cifar10/fixmatch_4000
@@ -73,12 +76,30 @@ def build_parser() -> argparse.ArgumentParser:
     views = takes_recipe(verb("views", _views, "write a picture of the views that the method sees", "fastssl views cifar10/fixmatch_4000 --out views.png"))
     views.add_argument("--rows", type=_positive, default=8, help="images on the sheet (default: 8)")
     views.add_argument("--out", metavar="FILE", default="views.png", help="picture to write (default: views.png)")
+    views.add_argument("--draws", type=_positive, default=3, help="pictures of each view per image (default: 3)")
+    views.add_argument("--tile", type=_positive, default=128, help="side of a picture on the sheet in pixels (default: 128)")
+    views.add_argument(
+        "--diff", metavar="WHO[=DIR],...", help="put readers (arrays ffcv ffcv-engine shards dali) and renderers (auto reference triton) side by side"
+    )
+
+    bench = takes_recipe(verb("bench", _bench, "measure what limits a recipe on this machine", "fastssl bench cifar10/fixmatch_4000 --steps 50"))
+    bench.add_argument("--steps", type=_positive, default=20, help="longest phase in updates (default: 20; a phase also ends after about 20 s)")
+    bench.add_argument("--json", action="store_true", help="for machines: one JSON object")
+
+    add_selftrain_verbs(verb, verbs, takes_recipe)
 
     methods = verb("methods", _methods, "list the methods, or explain one with its options", "fastssl methods fixmatch")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
+    form = methods.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines: views, state, options, forwards per image")
+    form.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
 
-    recipes = verb("recipes", _recipes, "list the recipes with method and expected result", "fastssl recipes")
-    recipes.add_argument("root", metavar="FOLDER", nargs="?", help="where to look (default: ./recipes, else the project's)")
+    recipes = verb("recipes", _recipes, "list the recipes, their variants and the published results", "fastssl recipes --published tllib_supervised")
+    recipes.add_argument("root", metavar="FOLDER|RECIPE", nargs="?", help="where to look (default: ./recipes, else the project's), or a recipe: its variants")
+    recipes.add_argument("--published", metavar="TABLE", nargs="?", const="", help="list published numbers (of one table) with source and command")
+    form = recipes.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines: every recipe and variant, every published number")
+    form.add_argument("--check", action="store_true", help="prove that every recipe and variant could be trained; exits with 1 if one could not")
 
     config = verb("config", None, "look at resolved recipes", "fastssl config show cifar10/fixmatch_4000 optim.lr=0.01")
     config.set_defaults(run=None, help_of=config)
@@ -208,7 +229,24 @@ def _views(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise FastSSLError(f"--out {out}: the picture is a .png file")
-    print(write_views(recipe, _writable(out), args.rows))
+    if args.diff:
+        from fastssl.engine.difference import write_difference
+
+        for line in write_difference(recipe, _writable(out), args.diff, rows=args.rows, tile=args.tile):
+            print(line)
+        print(out)
+        return 0
+    print(write_views(recipe, _writable(out), args.rows, draws=args.draws, tile=args.tile))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from fastssl.engine.bench import bench, lines
+    from fastssl.recipe import load_recipe
+
+    found = bench(load_recipe(args.recipe, args.overrides), args.steps)
+    if _is_first_process():
+        print(json.dumps(found, indent=1) if args.json else lines(found))
     return 0
 
 
@@ -218,6 +256,12 @@ def _methods(args: argparse.Namespace) -> int:
     from fastssl.recipe import describe_config
     from fastssl.recipe_values import show
 
+    if args.markdown or args.json:
+        from fastssl import catalogue
+
+        own = Path(__file__).resolve().parent.parent / "recipes"
+        catalogue.print_methods(own, args.name, markdown=args.markdown)
+        return 0
     if args.name is None:
         print_table(("method", "paper"), [(name, _first_line(methods.get(name))) for name in methods.names()])
         return 0
@@ -232,15 +276,24 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _recipes(args: argparse.Namespace) -> int:
-    from fastssl.console import print_table
-    from fastssl.recipe_list import recipe_paths
+    from fastssl import catalogue
 
     own = Path(__file__).resolve().parent.parent / "recipes"
-    root = Path(args.root) if args.root else Path("recipes") if Path("recipes").is_dir() else own
-    found = recipe_paths(root)
-    if not found:
-        raise FastSSLError(f"no recipes (*.yaml) in {root}; name the folder: fastssl recipes FOLDER")
-    print_table(("recipe", "method", "title", "expected"), [(e.short, e.method, e.title, e.expected) for e in found])
+    given = Path(args.root) if args.root else None
+    standard = Path("recipes") if Path("recipes").is_dir() else own
+    short = "" if given is None or given.is_dir() else given.with_suffix("").as_posix()  # a recipe, or a folder of recipes below the standard one
+    one = short if short and ((standard / short).is_dir() or (standard / f"{short}.yaml").is_file()) else ""
+    root = standard if given is None or one else given
+    if args.check:
+        return catalogue.check(root, one)
+    if args.json:
+        catalogue.print_json(root, one, args.published)
+    elif args.published is not None:
+        catalogue.print_published(root, one, args.published)
+    elif one:
+        catalogue.print_variants(root, one)
+    else:
+        catalogue.print_recipes(root)
     return 0
 
 

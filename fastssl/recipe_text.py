@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,16 @@ def read_layer(path: Path, kind: str) -> dict[str, Given]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from None
-    tree = parse(text, f"{kind} {path}", str(path))
+    tree = _parsed(text, f"{kind} {path}", str(path))
     if not isinstance(tree.value, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys (key: value lines), not {type(tree.value).__name__}")
-    return tree.value
+    return dict(tree.value)  # callers take keys out
+
+
+@lru_cache(maxsize=16)
+def _parsed(text: str, origin: str, place: str) -> Given:
+    """:func:`parse` of a file's text; the variants of one file are read one after the other, and parsing is what takes the time."""
+    return parse(text, origin, place)
 
 
 def parse_override(text: str) -> tuple[str, Given]:

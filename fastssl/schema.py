@@ -23,8 +23,14 @@ def key(default: Any, help: str, choices: tuple[Any, ...] | None = None) -> Any:
 @dataclass(frozen=True)
 class DataConfig:
     path: str = key("", "converted dataset folder (the one that holds dataset.json)")
-    source: str = key("auto", "who delivers canvases; auto = the dataset folder's own format (shards for format dali); dali = decoding by NVIDIA DALI", ("auto", "arrays", "ffcv", "dali", "shards"))
-    split: str = key("", "label split: a name in <path>/splits/ or a path to a split .json")
+    source: str = key(
+        "auto",
+        "who delivers canvases; auto = the dataset folder's own format (shards for format dali); dali = decoding by NVIDIA DALI",
+        ("auto", "arrays", "ffcv", "dali", "shards"),
+    )
+    split: str = key("", "label split: a name in <path>/splits/ or a path to a split file")
+    selection: str = key("", "folder of a selection (fastssl select topk): its rows and labels take the place of a stream; empty = none")
+    selection_as: str = key("labeled", "the stream whose rows are the selection's; unlabeled: without their labels", ("labeled", "unlabeled"))
     eval_on: str = key("test", "evaluate on the official test split, or on the validation rows that the label split holds out of train", ("test", "validation"))
     labeled_batch: int = key(64, "labelled images per update")
     unlabeled_batch: int = key(448, "unlabelled images per update; ignored by methods that read none")
@@ -32,7 +38,9 @@ class DataConfig:
     labeled_law: str = key("shuffle", "order law of the labelled stream")
     unlabeled_law: str = key("shuffle", "order law of the unlabelled stream")
     ahead: int = key(3, "steps that are read ahead of the trainer")
-    pack: str = key("auto", "send images back to back to the device and unpack them there; auto = on CUDA if canvases are over 30 % padding", ("auto", "on", "off"))
+    pack: str = key(
+        "auto", "send images back to back to the device and unpack them there; auto = on CUDA if canvases are over 30 % padding", ("auto", "on", "off")
+    )
     workers: int = key(0, "decoding threads per process; 0 = cores divided by processes, at most 8")
     engine: str = key("auto", "who reads .beton files: native, or the ffcv package's compiled pipeline; auto = native", ("auto", "native", "ffcv"))
     scaled_decode: float = key(
@@ -57,9 +65,10 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    name: str = key("wrn_28_2", "wrn_28_2, wrn_28_8, wrn_var_37_2, a small CPU network, timm/<name> or torchvision/<name>")
+    name: str = key("wrn_28_2", "wrn_28_2, wrn_28_8, a published network (models/named.py), a small CPU network, timm/<name> or torchvision/<name>")
     options: dict[str, Any] = key({}, "keyword arguments of the builder (dropout, width, ...)")
     weights: str = key("", "checkpoint to start from (.safetensors, .pth); empty = from scratch")
+    start: str = key("", "checkpoint folder or file whose whole network, classifier included, is the start (model.weights: the backbone alone)")
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class ScheduleConfig:
     name: str = key("cosine_7_16", "learning-rate law over updates", ("cosine_7_16", "cosine_half", "cosine_epoch", "exp", "multistep", "constant"))
     warmup_steps: int = key(0, "linear warm-up in updates")
     warmup_epochs: int = key(0, "cosine_epoch, multistep: linear warm-up in epochs")
+    warmup_from: float = key(0.0, "the share of lr at which warm-up begins")
     gamma: float = key(4e-4, "exp: lr (1 + gamma x)^-decay at finished update x; multistep: factor at each milestone")
     decay: float = key(0.75, "exp: exponent")
     milestones: Any = key([], "multistep: epochs at which lr is multiplied by gamma")

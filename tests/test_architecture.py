@@ -28,9 +28,12 @@ ALLOWED: dict[str, set[str]] = {
     "methods": LOW, "augment": LOW, "sources": LOW, "models": LOW,
     "launch_check": BOTTOM, "console": set(),
     **{name: LOW | {"methods"} | RECIPE for name in RECIPE},
+    "published": LOW | RECIPE, "recipe_proof": ENGINE | {"published"}, "method_facts": ENGINE,
+    "method_page": ENGINE | {"published", "method_facts"},
+    "catalogue": ENGINE | {"published", "recipe_proof", "method_facts", "method_page", "console"},
     "engine": ENGINE, "report": ENGINE | {"report"}, "selftrain": ENGINE,
     "doctor": BOTTOM,
-    "cli": ENGINE | {"report", "selftrain", "doctor", "console"}, "__main__": {"cli"},
+    "cli": ENGINE | {"report", "selftrain", "doctor", "console", "catalogue"}, "__main__": {"cli"},
 }  # fmt: skip
 METHOD_MAY_IMPORT = {"functional", "kernels", "parallel", "types", "methods.base"}
 NAMELESS = set(ALLOWED) - {"methods"}

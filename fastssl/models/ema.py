@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastssl.errors import RecipeError
 from fastssl.models.checkpoints import load_network
 from fastssl.models.joint import joint_forward, joint_head
-from fastssl.models.norm import sync_running_stats
+from fastssl.models.norm import running_stats_kept, sync_running_stats
 from fastssl.models.shuffle import shuffled_forward, shuffled_head
 from fastssl.schema import TeacherConfig
 
@@ -89,6 +89,11 @@ class Teacher(nn.Module):
     def head(self, name: str, *feats: Tensor) -> Any:
         """An on-request head of the teacher on features, without gradient."""
         return shuffled_head(self.network, name, *feats) if self._shuffles() else joint_head(self.network, name, *feats)
+
+    def untracked(self, *views: Tensor) -> Any:
+        """Like ``forward``, with BatchNorm's running statistics left alone in train mode too."""
+        with running_stats_kept(self.network):
+            return self(*views)
 
     def _shuffles(self) -> bool:
         return self.cfg.shuffle and self.network.training

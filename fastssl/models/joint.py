@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.errors import RecipeError
+from fastssl.models.norm import running_stats_kept
 from fastssl.types import Out
 
 
@@ -23,6 +24,10 @@ class NetworkForward:
 
     def head(self, name: str, *feats: Tensor) -> Any:
         return joint_head(self.network, name, *feats)
+
+    def untracked(self, *views: Tensor) -> Any:
+        with running_stats_kept(self.network):
+            return self(*views)
 
 
 def regroup(sizes: Sequence[int], groups: int) -> tuple[Tensor, Tensor]:

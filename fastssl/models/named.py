@@ -20,7 +20,7 @@ _TORCHSSL = {"conv_bias": True, "bn_eps": 1e-3, "classifier_init": "xavier"}
 
 @dataclass(frozen=True)
 class Named:
-    """``network``: a builder's name, as ``model.name`` spells it; ``options``: what a recipe need not write; ``any_backbone``: takes the option ``backbone``."""
+    """``network``: a builder's name; ``options``: what a recipe need not write; ``any_backbone``: takes the option ``backbone``, another builder's name."""
 
     network: str
     options: dict[str, Any] = field(default_factory=dict)

@@ -8,6 +8,8 @@ the mean over ranks, which is exact because the update is linear in the batch st
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ class GroupedBatchNorm(_BatchNorm):
     def _normalise(self, x: Tensor) -> Tensor:
         if not self.training and self.running_mean is not None:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        tracks = self.training and self.running_mean is not None
+        tracks = self.training and self.track_running_stats and self.running_mean is not None
         if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.over_ranks and world_size() > 1:
@@ -248,6 +250,19 @@ def convert_batchnorm(network: nn.Module, cfg: BatchNormConfig, world: int = 1) 
 def _replaceable(layer: _BatchNorm) -> bool:
     """Plain layers, and subclasses that only add ``drop`` and ``act`` after the normalisation (timm's BatchNormAct2d)."""
     return type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, GroupedBatchNorm) or (isinstance(layer, nn.BatchNorm2d) and type(layer).__name__ == "BatchNormAct2d")
+
+
+@contextmanager
+def running_stats_kept(network: nn.Module) -> Iterator[None]:
+    """Within it, forwards in training mode normalise by their batch as always and leave the running statistics of every BatchNorm layer alone."""
+    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.training and layer.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 def sync_running_stats(network: nn.Module) -> None:

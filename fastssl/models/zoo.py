@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fastssl.errors import RecipeError, nearest
-from fastssl.models.checkpoints import load_backbone
+from fastssl.models.checkpoints import load_backbone, load_network
 from fastssl.models.external import timm_backbone, timm_names, torchvision_backbone, torchvision_names
 from fastssl.models.heads import build_head, call_builder
 from fastssl.models.named import NAMED, published_network
@@ -54,7 +54,7 @@ def build_network(
     ``model.options`` go to the backbone's builder, except these that every model takes:
     ``classifier_init``  "default" (PyTorch's) or "xavier" (normal, zero bias);
     ``neck``             {kind: bottleneck | layer_norm | ..., its options}: sits between backbone and classifier, heads and features.
-    ``model.weights`` is loaded into the backbone.  Raises RecipeError for names and options, CheckpointError for weights.
+    ``model.weights`` is loaded into the backbone, ``model.start`` into the whole network.  Raises RecipeError for names and options, CheckpointError for weights.
     """
     if in_channels not in (1, 3):
         raise RecipeError(f"networks take images with 1 or 3 channels, this dataset has {in_channels}")
@@ -72,6 +72,8 @@ def build_network(
     network = Network(backbone, feat_dim, classifier, extra, neck, [name for name, spec in (heads or {}).items() if spec.on_request])
     if model.weights:
         load_backbone(network.backbone, model.weights)
+    if model.start:
+        load_network(network, model.start)
     convert_batchnorm(network, batchnorm or BatchNormConfig(), world)
     return network
 

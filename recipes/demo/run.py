@@ -86,7 +86,7 @@ def prepare_data(data: Path) -> None:
 
 
 def split(folder: Path, name: str, per_class: int, *options: object) -> None:
-    if not (folder / "splits" / f"{name}.json").exists():
+    if not any((folder / "splits" / f"{name}{suffix}").exists() for suffix in (".txt", ".json")):
         fastssl_data("split", folder, "--name", name, "--per-class", per_class, "--seed", 0, *options)
 
 
