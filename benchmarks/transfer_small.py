@@ -8,7 +8,8 @@
 The protocol of the Transfer-Learning-Library's table (``recipes/published.yaml``, supervised start, CIFAR-10 column) at a fraction of its cost: another
 network, views of ``--size`` pixels instead of 224, batches of 16 instead of 32, hundreds of updates instead of 10 000 to 45 000, evaluation on 2000
 held-out images after the last one.
-Accuracies can therefore only be compared with each other. Loss settings are the library's for this dataset; nothing was chosen by looking at the scored images.
+Accuracies can therefore only be compared with each other. Loss settings are the library's for this dataset; nothing was chosen by looking at the
+scored images.
 Each finished run adds a line to ``benchmarks/results/transfer_small.csv``; what is done is not repeated and killed runs go on.
 """
 
@@ -66,7 +67,10 @@ def values(method: str, args: argparse.Namespace, seed: int, weights: Path) -> d
         "seed": seed,
         "runs_dir": str(args.runs),
         "method": {"name": method, **METHODS[method]},
-        "data": {"path": args.data, "split": args.split, "labeled_batch": args.batch, "unlabeled_batch": args.batch, "include_labeled": False, "eval_on": "validation"},
+        "data": {
+            "path": args.data, "split": args.split, "labeled_batch": args.batch, "unlabeled_batch": args.batch, "include_labeled": False,
+            "eval_on": "validation",
+        },
         # mean and deviation of the weights' own preprocessing
         "augment": {
             "size": args.size, "weak": "tllib_cifar_weak", "strong": "tllib_cifar_strong", "eval": "tllib_cifar_eval",
