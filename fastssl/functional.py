@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastssl.parallel import gather_rows, own_rows, world_size
 from fastssl.types import Out, View
 
 
@@ -266,45 +267,6 @@ def last_writer(index_N: Tensor, size: int, writes_N: Tensor | None = None) -> T
     return index_N.new_full((size,), -1).scatter_reduce_(0, index_N, place_N, "amax")[index_N]
 
 
-class TwoHeads(NamedTuple):
-    """What :func:`two_head_losses` says of a step: four scalar terms, then rows [U]: label and mask of both heads, and what the balanced head itself sees."""
-
-    sup: Tensor
-    unsup: Tensor
-    sup_balanced: Tensor
-    unsup_balanced: Tensor
-    label_U: Tensor
-    mask_U: Tensor
-    confidence_U: Tensor
-    label_balanced_U: Tensor
-    mask_balanced_U: Tensor
-    seen_U: Tensor
-    seen_mask_U: Tensor
-
-
-def two_head_losses(
-    standard: Sequence[Tensor], balanced: Sequence[Tensor], label_B: Tensor, shifts: Sequence[Tensor], threshold: float, temperature: float
-) -> TwoHeads:
-    """Consistency with two heads whose hard labels both come from the standard head, freed of the labelled class distribution (ACR).
-
-    ``standard`` and ``balanced``: logits of (x, u_w, strong views ...). ``shifts``, three of [K]: taken from the standard head's logits for its own labels
-    and for the balanced head's labels, and added to the balanced head's labelled logits. A row counts for the standard head if its label or the bare head
-    is confident (>= threshold), for the balanced head if its label or the balanced head itself is; other rows stay in the denominator.
-    """
-    sup, sup_balanced = (cross_entropy_rows(logits, label_B).mean() for logits in (standard[0], balanced[0] + shifts[2]))
-    weak_UK, weak_balanced_UK = (_at_least_float32(logits[1].detach()) for logits in (standard, balanced))
-    confidence_U, label_U = confidence((weak_UK - shifts[0]) / temperature)
-    confidence_b_U, label_b_U = confidence((weak_UK - shifts[1]) / temperature)
-    bare_U, _ = confidence(weak_UK / temperature)
-    seen_confidence_U, seen_U = confidence(weak_balanced_UK / temperature)
-    seen_mask_U = seen_confidence_U >= threshold
-    mask_U = ((confidence_U >= threshold) | (bare_U >= threshold)).to(weak_UK.dtype)
-    mask_b_U = (seen_mask_U | (confidence_b_U >= threshold)).to(weak_UK.dtype)
-    unsup = torch.stack([mask_U * cross_entropy_rows(strong, label_U) for strong in standard[2:]]).mean()
-    unsup_b = torch.stack([mask_b_U * cross_entropy_rows(strong, label_b_U) for strong in balanced[2:]]).mean()
-    return TwoHeads(sup, unsup, sup_balanced, unsup_b, label_U, mask_U, confidence_U, label_b_U, mask_b_U, seen_U, seen_mask_U)
-
-
 def present_class_average(prior_K: Tensor, present_K: Tensor, anchors_AK: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
     """(prior [K] moved towards the uniform distribution over the classes ``present_K`` (bool), its symmetric divergence to each anchor [A]).
 
@@ -314,3 +276,48 @@ def present_class_average(prior_K: Tensor, present_K: Tensor, anchors_AK: Tensor
     moved_K = momentum * prior_K + (1 - momentum) * share_K / share_K.sum().clamp_min(1)
     divergence_A = torch.stack([symmetric_kl(moved_K, anchor_K) for anchor_K in anchors_AK])
     return torch.where(some, moved_K, prior_K), torch.where(some, divergence_A, 0.0)
+
+
+# --- mixing, sharpening, alignment to a prior ----------------------------------------------------------------------------------------------------------
+
+
+def one_hot(label_B: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """Rows [B, K] of the identity; labels in [0, K). A comparison: torch's own asks the host about the range on some devices."""
+    return (label_B[:, None] == torch.arange(num_classes, device=label_B.device)).to(dtype)
+
+
+def sharpen(prob_BK: Tensor, temperature: float) -> Tensor:
+    """Rows prob^(1 / temperature), rescaled to sum 1; temperature > 0. By logarithms, so that no power of a small number vanishes before the rescaling."""
+    return torch.softmax(prob_BK.clamp_min(torch.finfo(prob_BK.dtype).tiny).log() / temperature, dim=-1)
+
+
+def align_to(prob_BK: Tensor, mean_K: Tensor, target_K: Tensor) -> Tensor:
+    """Distribution alignment: rows prob target / mean, rescaled to sum 1. A mean of 0 counts as the smallest number; a row that is 0 throughout stays 0."""
+    smallest = torch.finfo(prob_BK.dtype).tiny
+    raised_BK = prob_BK * (target_K.to(prob_BK.dtype) / mean_K.to(prob_BK.dtype).clamp_min(smallest))
+    return raised_BK / raised_BK.sum(-1, keepdim=True).clamp_min(smallest)
+
+
+def mixup(parts: Sequence[Tensor], partner_N: Tensor, weight_N: Tensor) -> list[Tensor]:
+    """MixUp (Zhang et al., arXiv:1710.09412) of rows of several parts with partners from all parts of all ranks; no gradient.
+
+    The global list is part 0 of all ranks in rank order, then part 1, ...: N rows.  Row n becomes w_n row_n + (1 - w_n) row_partner(n); this rank's
+    rows of each part come back, in fresh tensors.  ``partner_N``: int64, ``weight_N`` in [0, 1], both the same on every rank.
+    """
+    pool = torch.cat([gather_rows(part) for part in parts])
+    mixed, start = [], 0
+    for part in parts:
+        rows = len(part) * world_size()
+        partner_B, weight_B = (own_rows(all_N[start : start + rows]) for all_N in (partner_N, weight_N))
+        weight = weight_B.to(part.dtype).view(-1, *[1] * (part.dim() - 1))
+        mixed.append(weight * part.detach() + (1 - weight) * pool[partner_B])
+        start += rows
+    return mixed
+
+
+def quarter_turns(x_BCHW: Tensor, turns_B: Tensor) -> Tensor:
+    """Each square image turned counter-clockwise by its number of quarter turns, int64 [B] in 0 .. 3 (``torch.rot90`` row by row)."""
+    turns = turns_B.view(-1, 1, 1, 1)
+    x = torch.where(turns % 2 == 1, x_BCHW.mT, x_BCHW)
+    x = torch.where((turns == 1) | (turns == 2), x.flip(-2), x)
+    return torch.where(turns >= 2, x.flip(-1), x)

@@ -52,3 +52,28 @@ def gather_rows(x_B: Tensor) -> Tensor:
     out = x_B.new_empty((world_size() * x_B.shape[0], *x_B.shape[1:]))
     dist.all_gather_into_tensor(out, x_B)
     return out
+
+
+class _GatherRows(torch.autograd.Function):
+    """Forward: rows of all ranks. Backward: the sum over ranks of the gradients at this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: object, x_B: Tensor) -> Tensor:
+        return gather_rows(x_B)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return own_rows(grad)
+
+
+def gather_rows_with_gradient(x_B: Tensor) -> Tensor:
+    """Like :func:`gather_rows`, differentiable: where every rank's loss reads the rows, each rank gets the gradient of the sum of all losses."""
+    return x_B if world_size() == 1 else _GatherRows.apply(x_B)
+
+
+def own_rows(x_N: Tensor) -> Tensor:
+    """This rank's piece of rows in global order, [N / R, ...]; N must be a multiple of the ranks."""
+    share = len(x_N) // world_size()
+    return x_N[rank() * share : (rank() + 1) * share]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastssl.functional import class_presence, log_prior, present_class_average, two_head_losses
+from fastssl.functional import class_presence, log_prior, present_class_average
+from fastssl.kernels import two_head_losses
 from fastssl.methods.base import Forward, Method
 from fastssl.parallel import gather_rows
 from fastssl.types import Batch, HeadSpec, Loss, Out, PseudoLabels, Task, View, Views

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastssl.functional import confidence, cross_entropy_rows, log_prior
+from fastssl.functional import cross_entropy_rows, log_prior
+from fastssl.kernels import pseudo_label_ce
 from fastssl.methods.base import Forward, Method
 from fastssl.types import Batch, Loss, PseudoLabels, Task, View, Views
 
@@ -85,14 +86,11 @@ class FixMatch(Method):
         if config.strong_label_weight:
             sup = sup + config.strong_label_weight * cross_entropy_rows(labeled["x_s"], label_B).mean()
 
-        confidence_U, pseudo_U = confidence(logits["u_w"].detach())
-        passed_U = confidence_U > config.threshold if config.strict_threshold else confidence_U >= config.threshold
-        loss_U = cross_entropy_rows(logits["u_s"], pseudo_U)
-        mask_U = passed_U.to(loss_U.dtype)
-        unsup = config.unlabeled_weight * (mask_U * loss_U).mean()
+        pseudo = pseudo_label_ce(logits["u_w"], [logits["u_s"]], threshold=config.threshold, strict=config.strict_threshold)
+        unsup = config.unlabeled_weight * pseudo.loss_VU.mean()
 
         parts = {"sup_loss": sup.detach(), "unsup_loss": unsup.detach()}
-        return Loss(sup + unsup, parts, PseudoLabels(pseudo_U, mask_U, confidence_U))
+        return Loss(sup + unsup, parts, PseudoLabels(pseudo.label_U, pseudo.mask_U, pseudo.confidence_U))
 
     def _logits(self, v: Views, student: Forward, teacher: Forward | None) -> dict[str, Tensor]:
         """Logits of every view by name, forwarded in the grouping that the config asks for."""

@@ -14,13 +14,13 @@ from torch import Tensor
 from fastssl.functional import (
     align_rows,
     cross_entropy_rows,
-    instance_matching,
     last_of_same,
     probabilities,
     shrink_loss,
     soft_cross_entropy_rows,
     unit_rows,
 )
+from fastssl.kernels import instance_matching
 from fastssl.methods.base import Forward, Method, TeacherForward
 from fastssl.parallel import gather_rows, mean_over_ranks
 from fastssl.types import Batch, HeadSpec, Loss, Out, PseudoLabels, Task, View, Views

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastssl.functional import cross_entropy_rows, log_prior, soft_cross_entropy_rows
+from fastssl.functional import cross_entropy_rows, log_prior
+from fastssl.kernels import pseudo_label_ce
 from fastssl.methods.base import Forward, Method
 from fastssl.parallel import sum_over_ranks
 from fastssl.types import Batch, Loss, PseudoLabels, Task, View, Views
@@ -93,20 +94,20 @@ class SimPro(Method):
         names = list(self.views(config))
         logits = {name: out.logits_NC for name, out in zip(names, student(*(v[name] for name in names)), strict=True)}
 
-        posterior_UC = torch.softmax(logits["u_w"].detach() + log_prior(self.unlabeled_prior, config.prior_exponent), dim=-1)
-        confidence_U, pseudo_U = posterior_UC.max(dim=-1)
-        mask_U = (confidence_U >= config.threshold).to(posterior_UC.dtype)
-        self.keep(posterior=posterior_UC, mask=mask_U)
-
         # The priors move at the end of an epoch only, so these are the same at each of its steps.
         adjust_C = log_prior(self.mixture_prior, config.prior_exponent)
         labeled, strong = ([name for name in names if name in group] for group in (("x", "x_s"), ("u_s", "u_s2")))
+        pseudo = pseudo_label_ce(
+            logits["u_w"], [logits[name] for name in strong], threshold=config.threshold, soft=True,
+            weak_shift_C=log_prior(self.unlabeled_prior, config.prior_exponent), strong_shift_C=adjust_C,
+        )  # fmt: skip
+        assert pseudo.target_UC is not None
+        self.keep(posterior=pseudo.target_UC, mask=pseudo.mask_U)
         sup_rows = torch.stack([cross_entropy_rows(logits[name] + adjust_C, label_B) for name in labeled])
-        unsup_rows = torch.stack([mask_U * soft_cross_entropy_rows(logits[name] + adjust_C, posterior_UC) for name in strong])
-        sup, unsup = sup_rows.mean() / self.ratio(config, self.task), unsup_rows.mean()
+        sup, unsup = sup_rows.mean() / self.ratio(config, self.task), pseudo.loss_VU.mean()
 
         parts = {"sup_loss": sup.detach(), "unsup_loss": unsup.detach()}
-        return Loss(sup + unsup, parts, PseudoLabels(pseudo_U, mask_U, confidence_U))
+        return Loss(sup + unsup, parts, PseudoLabels(pseudo.label_U, pseudo.mask_U, pseudo.confidence_U))
 
     def after_backward(self, batch: Batch) -> None:
         drawn_C = F.one_hot(batch.labeled.label_B, self.task.num_classes).sum(0)

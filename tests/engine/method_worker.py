@@ -28,17 +28,23 @@ EVERY = ["batchnorm.groups=4", "data.labeled_batch=4", "data.unlabeled_batch=12"
 OVERRIDES: dict[str, dict[str, Any]] = {
     "acr": {"threshold": 0.3, "estimate_after_epoch": 0},
     "acr_d": {"threshold": 0.3, "estimate_after_epoch": 0},
+    "comatch": {"threshold": 0.27, "graph_threshold": 0.25, "embed_dim": 8, "memory_batches": 2, "alignment_length": 3},
+    "dash": {"warmup_steps": 1, "decay_steps": 1},
     "debiasmatch": {"threshold": 0.3},
     "dst": {"threshold": 0.3, "dropout": 0.0, "hidden": 16, "reversal_steps": 2},
     "fixmatch": {"threshold": 0.3},
     "flexmatch": {"threshold": 0.3},
+    "freematch": {"momentum": 0.5, "fairness_weight": 0.5},
     "mean_teacher": {"ramp_epochs": 2},
+    "mixmatch": {"ramp_steps": 2},
     "pi_model": {"ramp_epochs": 2},
+    "remixmatch": {"strong_views": 2, "alignment_length": 3},
     "self_tuning": {"queue_size": 3, "projection_dim": 16},
     "shrinkmatch": {"threshold": 0.255, "embed_dim": 8, "aux_hidden": 8, "alignment_length": 3},
     "simmatch": {"threshold": 0.255, "embed_dim": 8, "alignment_length": 3},
     "simmatchv2": {"threshold": 0.3, "embed_dim": 8, "neighbours": 3, "bank_batches": 3},
     "simpro": {"threshold": 0.3},
+    "softmatch": {"momentum": 0.5},
     "uda": {"threshold": 0.3},
 }
 # Forms of a method that compute other things: more cases of their own. {case: (method, method options, other overrides)}
@@ -63,6 +69,9 @@ FORMS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["teacher.mode=train", "teacher.shuffle=true", "teacher.buffers=leave"],
     ),
     "self_tuning-moving": ("self_tuning", {"queue_size": 3, "projection_dim": 16}, ["teacher.when=by_method", "teacher.mode=train"]),
+    "mixmatch-interleaved": ("mixmatch", {"ramp_steps": 2, "interleave": True, "one_weight": True}, ["data.labeled_batch=12"]),
+    "adamatch-moving": ("adamatch", {"alignment_momentum": 0.5, "hard_labels": True, "interpolate": False}, []),
+    "vat-entropy": ("vat", {"iterations": 2, "entropy_weight": 0.1}, ["batchnorm.groups=1"]),
 }  # fmt: skip
 
 

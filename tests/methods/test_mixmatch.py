@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastssl import methods
 from fastssl.functional import mixup, sharpen
 from fastssl.models.joint import NetworkForward
-from fastssl.types import View, Views
+from fastssl.types import Out, View, Views
 from tests.golden.identity import build_method, make_task
 from tests.methods.reference_beyond import Linear, images, make, mixmatch, normalised
 
@@ -92,8 +92,6 @@ class Normed(torch.nn.Module):
         self.bn, self.layer = torch.nn.BatchNorm2d(1), torch.nn.Linear(4, 4)
 
     def forward(self, x):
-        from fastssl.types import Out
-
         feat = self.bn(x).flatten(1)
         return Out(self.layer(feat), feat)
 

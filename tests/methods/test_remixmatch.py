@@ -10,7 +10,8 @@ from fastssl import methods
 from fastssl.functional import align_to, quarter_turns
 from fastssl.types import View, Views
 from tests.golden.identity import build_method, make_task
-from tests.methods.reference_beyond import Linear, check_round_trip, cross_entropy, images, make, mixed_rows, normalised, one_hot, soft_cross_entropy, softmax
+from tests.methods.reference import cross_entropy, softmax
+from tests.methods.reference_beyond import Linear, check_round_trip, images, make, mixed_rows, normalised, one_hot, soft_cross_entropy
 
 ReMixMatch = methods.get("remixmatch")
 
@@ -79,13 +80,14 @@ def test_equals_the_plain_derivation(seed, labeled, unlabeled, classes, strong_v
             method.after_backward(batch)
         draws = {name: draw.double().numpy() for name, draw in batch.draws.items()}
         prior = np.array(counts) / sum(counts)
-        parts, grad, grad_head, mean = plain(views, batch.labeled.label_B.numpy(), weights.detach().numpy(), head.detach().numpy(), ring, prior, draws, options, now)
+        labels, weights_now, head_now = batch.labeled.label_B.numpy(), weights.detach().numpy(), head.detach().numpy()
+        parts, grad, grad_head, mean = plain(views, labels, weights_now, head_now, ring, prior, draws, options, now)
         assert {name: float(part) for name, part in loss.parts.items()} == pytest.approx(parts, rel=1e-9, abs=1e-11)
         assert loss.total.item() == pytest.approx(sum(parts.values()), rel=1e-9, abs=1e-11)
         np.testing.assert_allclose(weights.grad.numpy(), grad, rtol=1e-8, atol=1e-10)
         if rotation_weight:
             np.testing.assert_allclose(head.grad.numpy(), grad_head, rtol=1e-8, atol=1e-10)
-        ring = ring[:now % alignment_length] + [mean] + ring[now % alignment_length + 1 :]
+        ring = ring[: now % alignment_length] + [mean] + ring[now % alignment_length + 1 :]
         np.testing.assert_allclose(method.ring_LC.numpy(), np.array(ring), rtol=1e-10)
 
 
