@@ -28,8 +28,9 @@ def instance_matching(
         d loss_i / d student_i = sum_j (S_ij - Wc_ij) bank_j / st
 
     Triton keeps running maxima and sums over tiles of the bank and computes similarities anew for the neighbours and for the gradient: memory
-    O(B (D + K)) instead of O(B N).  ``bank_ND`` with at most 128 columns, else the reference.  Neighbours are added up in any order, so two runs may differ
-    in their last bits; loss and gradient are the same every time.  A row whose prob allows no class of the bank has loss 0 and no gradient.
+    O(B (shares D + K)) with a few dozen shares of the bank, instead of O(B N).  ``bank_ND`` with at most 128 columns, else the reference.  Neighbours are
+    added up in any order, so two runs may differ in their last bits, and with them what is made of the neighbours; loss and gradient of given arguments
+    are the same every time.  A row whose prob allows no class of the bank has loss 0 and no gradient.
     """
     large = mode() == "triton" or len(student_BD) * len(bank_ND) >= CROSSOVER
     temperatures = {"student_temperature": student_temperature, "teacher_temperature": teacher_temperature}
@@ -86,8 +87,8 @@ def _grads(ctx: Any, grad_loss: Tensor | None, *_: Any) -> Any:
 _forward.register_autograd(_grads, setup_context=_setup)
 
 
-def work(rows: int, entries: int, width: int, classes: int, *, row_block: int = 32) -> dict[str, float]:
-    """What the kernels and the torch version do: ``flop`` and ``bytes`` (forward and backward, float32, labels int64), ``matrices`` = bytes held at once.
+def work(rows: int, entries: int, width: int, classes: int, *, row_block: int = 32, tile: int = 64, programs: int = 264) -> dict[str, float]:
+    """What the kernels and the torch version do: ``flop`` and ``bytes`` (forward and backward, float32, labels int64), ``held`` = bytes held at once.
 
     Kernels: 6 products of 2 B N D (teacher and student, teacher again, both again, the gradient); torch: 3.  The bank is read 3 times by each of B / 32
     row blocks, of which all but the first find it in the cache if the cache holds it: ``bytes`` counts one memory read per pass, ``bytes_cold`` all of them.
@@ -96,14 +97,16 @@ def work(rows: int, entries: int, width: int, classes: int, *, row_block: int = 
     product, matrix = 2.0 * rows * entries * width, 4.0 * rows * entries
     bank, small = entries * (4.0 * width + 8), 4.0 * rows * (6 * width + 3 * classes)
     blocks = -(-rows // row_block)
+    shares = min(-(-entries // tile), max(1, programs // blocks))
+    partial = 4.0 * rows * shares * (width + 6)
     return {
         "flop": 6 * product,
         "flop_torch": 3 * product,
         "flop_floor": 3 * product,
-        "bytes": 3 * bank + small,
-        "bytes_cold": 3 * bank * blocks + small,
+        "bytes": 3 * bank + small + 2 * partial,
+        "bytes_cold": 3 * bank * blocks + small + 2 * partial,
         "bytes_floor": 2 * bank + small,
         "bytes_torch": TORCH_WRITES * matrix + TORCH_READS * matrix + 3 * bank + small,
-        "held": 4.0 * rows * (width + classes + 8),
+        "held": 4.0 * rows * (width + classes + 8) + partial,
         "held_torch": 5 * matrix,
     }

@@ -54,7 +54,11 @@ def source_of(launch: Launch) -> ASTSource:
 def resources(launch: Launch, arch: int) -> dict[str, int]:
     """Registers, stack bytes, shared bytes and spill instructions of a launch compiled for sm_``arch``."""
     options = {"num_warps": launch.warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=options)
+    return usage(triton.compile(source_of(launch), target=GPUTarget("cuda", arch, 32), options=options))
+
+
+def usage(compiled: Any) -> dict[str, int]:
+    """What a compiled kernel uses, read from its machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
 import re
 import sys
 import traceback
@@ -24,6 +25,7 @@ if str(HERE.parents[1]) not in sys.path:  # started as a script: make fastssl, d
 
 import torch  # noqa: E402
 
+from fastssl.kernels import use  # noqa: E402
 from tests.golden.handlers import handler_for, handlers  # noqa: E402
 from tests.golden.recorder import Comparison, Recorder  # noqa: E402
 
@@ -68,7 +70,8 @@ def replay(path: Path, kernels: bool = False) -> Result:
         result.faults.append(f"not a readable .npz file: {error}")
         return result
     try:
-        handler(recorder)
+        with use("triton" if kernels else "auto"):
+            handler(recorder)
     except Exception as error:  # a wrong file and broken code both end here; the other files still get their turn
         where = traceback.extract_tb(error.__traceback__)[-1]
         result.faults.append(f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})")
@@ -84,9 +87,11 @@ def replay(path: Path, kernels: bool = False) -> Result:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Replay recorded numbers of the original implementations.")
     parser.add_argument("folder", nargs="?", type=Path, default=HERE, help="folder of .npz files (default: the files of the test suite)")
-    parser.add_argument("--kernels", action="store_true", help="in float32, on the GPU if there is one, at 1e-5")
+    parser.add_argument("--kernels", action="store_true", help="through the Triton kernels (interpreted without a GPU), in float32, at 1e-5")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.kernels and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # nothing has imported triton yet
     results = []
     for path in sorted(options.folder.glob("*.npz")):
         results.append(replay(path, options.kernels))
