@@ -1,62 +1,64 @@
-"""Writing one split in the arrays format: uint8 canvases of one size, appended row by row to a .npy file."""
+"""Writing one split in the arrays format: uint8 canvases of one size in a .npy file, appended unit by unit."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_tools.readers import Picture
+from data_tools.outputs import copy_range, npy_bytes, npy_header, open_output
+from data_tools.plan import SplitPlan
 
-
-def open_output(path: Path) -> BinaryIO:
-    """Where all large files are opened for writing.  Plain appends, not a memory map: a full disk is then an OSError and not a crash."""
-    return open(path, "wb")
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    """The bytes of a .npy file."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
+__all__ = ["ArraysWriter", "npy_bytes", "open_output"]
 
 
 class ArraysWriter:
-    """``add`` rows in order, then ``finish``.  Pixels beyond an image's extent are zero."""
+    """``append`` units in order, then ``finish``.  Pixels beyond an image's extent are zero.  ``mark`` (rows written) lets another writer continue."""
 
-    def __init__(self, folder: Path, split: str, count: int, canvas: tuple[int, int, int], extents: np.ndarray):
-        self._canvas = canvas
-        self._varied = bool((extents != np.asarray(canvas[:2])).any())
-        self._extents = extents
-        self._folder, self._split = folder, split
-        self.files = {"pixels": f"{split}.pixels.npy"}
-        self._handle = open_output(folder / self.files["pixels"])
-        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *canvas)}
+    covered = True  # every byte of the pixels is in some row's hash or is padding
+
+    def __init__(self, folder: Path, plan: SplitPlan, mark: dict[str, Any] | None = None):
+        self._canvas = (plan.max_height, plan.max_width, plan.channels)
+        self._varied, self._row, self._count = plan.varied, 0, plan.count
+        self.files: dict[str, Any] = {"pixels": f"{plan.name}.pixels.npy"}
+        path = folder / self.files["pixels"]
+        header = npy_header(np.dtype(np.uint8), (plan.count, *self._canvas))
+        self._handle = open_output(path, resume=True) if mark else open_output(path)
         try:
-            np.lib.format.write_array_header_1_0(self._handle, header)
+            if mark:
+                self._row = int(mark["row"])
+                self._handle.seek(len(header) + self._row * int(np.prod(self._canvas)))
+                self._handle.truncate()
+            else:
+                self._handle.write(header)
         except OSError:
             self._handle.close()
             raise
 
-    def add(self, picture: Picture, label: int) -> tuple[np.ndarray, int]:
-        """Store one image; returns the pixels as a reader will see them and the number of stored bytes."""
-        pixels = picture.pixels
-        stored = np.ascontiguousarray(pixels)
-        if pixels.shape != self._canvas:
-            stored = np.zeros(self._canvas, np.uint8)
-            stored[: pixels.shape[0], : pixels.shape[1]] = pixels
-        self._handle.write(stored.data)
-        return pixels, stored.nbytes
+    def append(self, rows: np.ndarray, payload: BinaryIO) -> None:
+        """Add the rows of one unit (units.ROW), whose stored bytes follow each other in ``payload``."""
+        if not self._varied:
+            copy_range(payload, 0, int(rows["bytes"].sum()), self._handle)
+        else:
+            payload.seek(0)
+            for height, width in zip(rows["height"].tolist(), rows["width"].tolist(), strict=True):
+                canvas = np.zeros(self._canvas, np.uint8)
+                canvas[:height, :width] = np.frombuffer(payload.read(height * width * self._canvas[2]), np.uint8).reshape(height, width, self._canvas[2])
+                self._handle.write(canvas.data)
+        self._row += len(rows)
 
-    def finish(self) -> dict[str, str]:
-        """Close the file and write the extents if the images differ in size; returns the files by role, relative to the folder."""
+    def mark(self) -> dict[str, Any]:
+        return {"row": self._row}
+
+    def flush(self) -> BinaryIO:
+        """Hand everything to the system; returns the open file."""
+        self._handle.flush()
+        return self._handle
+
+    def finish(self) -> dict[str, Any]:
+        """Close the file; returns the files by role, relative to the folder."""
         self._handle.close()
-        if self._varied:
-            self.files["extents"] = f"{self._split}.extents.npy"
-            with open_output(self._folder / self.files["extents"]) as handle:
-                handle.write(npy_bytes(self._extents.astype(np.int32)))
         return self.files
 
     def close(self) -> None:

@@ -87,7 +87,7 @@ def size_order(counts: np.ndarray) -> np.ndarray:
 
 def share_counts(labels: np.ndarray, num_classes: int, share: float) -> np.ndarray:
     """``share`` of each class, halves rounded to the even number: the labelled counts of ImageNet-127 with 0.1."""
-    return np.array([round(share * int(n)) for n in np.bincount(labels, minlength=num_classes)], np.int64)
+    return np.array([round(share * int(n)) for n in np.bincount(labels[labels >= 0], minlength=num_classes)], np.int64)
 
 
 def share_rows(labels: np.ndarray, num_classes: int, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +101,7 @@ def renumbered_counts(labels: np.ndarray, labeled: np.ndarray, *, misaligned: bo
 
     ``misaligned``: as ACR_d's released code has them, by the labels before, although its targets are renumbered: its class prior belongs to other classes.
     """
-    unlabeled = np.bincount(labels, minlength=len(labeled)) - labeled
+    unlabeled = np.bincount(labels[labels >= 0], minlength=len(labeled)) - labeled
     if misaligned:
         return labeled, unlabeled
     order = np.argsort(size_order(labeled))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,8 +23,9 @@ from fastssl.models.zoo import build_network
 from fastssl.schema import Recipe
 from fastssl.sources.base import open_source
 from fastssl.sources.feed import Stream
-from fastssl.sources.manifest import LabelSplit, Manifest, load_manifest, load_split
+from fastssl.sources.manifest import LabelSplit, Manifest, load_labels, load_manifest, load_split
 from fastssl.sources.order import parse_order
+from fastssl.sources.selection import check_classes, load_selection
 from fastssl.types import Task, View
 
 SLOTS = ("weak", "strong", "eval")  # the policies every recipe has; augment.extra adds more
@@ -31,15 +33,36 @@ MAX_WORKERS = 8
 RESIDENT_SHARE = 0.25  # of the device's memory that a dataset may take under data.device_resident: auto
 
 
+@dataclass(frozen=True)
+class SelectedRows:
+    """Rows of a selection (fastssl/sources/selection.py), which take the place of ``stream``'s own: labels from its lists, truth from its pool (-1 unknown)."""
+
+    stream: str
+    source: Any
+    rows_N: np.ndarray
+    labels_N: np.ndarray
+    truth_N: np.ndarray
+
+
 @dataclass
 class Data:
-    """An opened dataset with its label split."""
+    """An opened dataset with its label split, and with what was selected from it or from another one."""
 
     manifest: Manifest
     split: LabelSplit
     source: Any  # of the train rows
     unlabeled_rows: np.ndarray  # rows of the unlabelled stream, int64
     device: torch.device
+    selected: SelectedRows | None = None
+
+    def selected_as(self, stream: str) -> SelectedRows | None:
+        return self.selected if self.selected is not None and self.selected.stream == stream else None
+
+    def close(self) -> None:
+        """Close every source of training rows."""
+        self.source.close()
+        if self.selected is not None:
+            self.selected.source.close()
 
     @property
     def labels_N(self) -> np.ndarray:
@@ -65,11 +88,34 @@ def open_data(recipe: Recipe, device: torch.device) -> Data:
     if len(split.labeled) == 0:
         raise DataError(f"label split {split.name!r} has no labeled rows; there is nothing to learn classes from")
     if get_method(recipe.method.name).labeled_rows == "all":
-        split = replace(split, labeled=np.sort(np.concatenate([split.labeled, split.unlabeled])))
+        every = np.sort(np.concatenate([split.labeled, split.unlabeled]))
+        split = replace(split, labeled=every[load_labels(manifest, split.of)[every] >= 0])
     unlabeled = np.sort(np.concatenate([split.labeled, split.unlabeled])) if recipe.data.include_labeled else np.asarray(split.unlabeled)
     views = get_method(recipe.method.name).views(recipe.method.config).values()
-    source = open_rows(recipe, manifest, split.of, device, view_size=max((view.size or recipe.augment.size for view in views), default=recipe.augment.size))
-    return Data(manifest, split, source, unlabeled.astype(np.int64), device)
+    view_size = max((view.size or recipe.augment.size for view in views), default=recipe.augment.size)
+    source = open_rows(recipe, manifest, split.of, device, view_size=view_size)
+    data = Data(manifest, split, source, unlabeled.astype(np.int64), device)
+    if recipe.data.selection:
+        _add_selection(recipe, data, view_size)
+    return data
+
+
+def _add_selection(recipe: Recipe, data: Data, view_size: int) -> None:
+    """Open ``data.selection`` and let its rows stand for a stream; the data's identity then covers the selection too."""
+    selection = load_selection(recipe.data.selection)
+    check_classes(selection, data.manifest.classes)
+    pool, of = selection.pool(), selection.info["pool"]["split"]
+    if pool.channels != data.manifest.channels:
+        raise DataError(f"{pool.root} has images of {pool.channels} channel(s), {data.manifest.root} of {data.manifest.channels}; convert one of them again")
+    rows_N, labels_N = selection.rows_and_labels()
+    if len(rows_N) == 0:
+        raise DataError(f"selection {selection.folder} has no rows; select more, or train without data.selection")
+    same = pool.digest == data.manifest.digest and of == data.split.of
+    there = replace(recipe, data=replace(recipe.data, path=str(pool.root), source=recipe.data.source if pool.format == data.manifest.format else "auto"))
+    source = data.source if same else open_rows(there, pool, of, data.device, view_size=view_size)
+    truth_N = source.labels_N[rows_N] if pool.classes == data.manifest.classes else np.full(len(rows_N), -1, dtype=np.int64)
+    data.selected = SelectedRows(recipe.data.selection_as, source, rows_N, labels_N, truth_N)
+    data.split = replace(data.split, digest=hashlib.sha256(f"{data.split.digest} {selection.digest}".encode()).hexdigest())
 
 
 def open_rows(recipe: Recipe, manifest: Manifest, split: str, device: torch.device, view_size: int = 0) -> Any:
@@ -104,12 +150,14 @@ def open_rows(recipe: Recipe, manifest: Manifest, split: str, device: torch.devi
 def build_task(recipe: Recipe, data: Data) -> Task:
     """The sizes that a method may depend on."""
     classes = len(data.manifest.classes)
-    counts = np.bincount(data.labels_N[data.split.labeled], minlength=classes)
+    labeled, unlabeled = data.selected_as("labeled"), data.selected_as("unlabeled")
+    labels_N = data.labels_N[data.split.labeled] if labeled is None else labeled.labels_N
+    counts = np.bincount(labels_N, minlength=classes)
     return Task(
         num_classes=classes,
-        num_labeled=len(data.split.labeled),
-        num_unlabeled=len(data.unlabeled_rows),
-        labeled_labels=tuple(data.labels_N[data.split.labeled].tolist()),
+        num_labeled=len(labels_N),
+        num_unlabeled=len(data.unlabeled_rows) if unlabeled is None else len(unlabeled.rows_N),
+        labeled_labels=tuple(labels_N.tolist()),
         labeled_class_counts=tuple(int(n) for n in counts),
         labeled_batch=recipe.data.labeled_batch,
         unlabeled_batch=recipe.data.unlabeled_batch,
@@ -122,16 +170,21 @@ def build_streams(recipe: Recipe, data: Data, *, unlabeled: bool) -> list[Stream
     """The labelled stream and, for methods that read it, the unlabelled one. Hidden labels go to ``truth_N`` only."""
     labels_N, labeled = data.labels_N, np.asarray(data.split.labeled, dtype=np.int64)
     d = recipe.data
-    truth_N = labels_N[labeled]
-    order = parse_order(d.labeled_law, length=len(labeled), seed=recipe.seed, batch=d.labeled_batch, stream="labeled")
-    streams = [Stream("labeled", data.source, labeled, truth_N, truth_N, np.ones(len(labeled), dtype=bool), order, d.labeled_batch)]
+    own = SelectedRows("labeled", data.source, labeled, labels_N[labeled], labels_N[labeled])
+    first = data.selected_as("labeled") or own
+    count = len(first.rows_N)
+    order = parse_order(d.labeled_law, length=count, seed=recipe.seed, batch=d.labeled_batch, stream="labeled")
+    streams = [Stream("labeled", first.source, first.rows_N, first.labels_N, first.truth_N, np.ones(count, dtype=bool), order, d.labeled_batch)]
     if unlabeled:
-        rows = data.unlabeled_rows
+        chosen = data.selected_as("unlabeled")
+        source, rows = (data.source, data.unlabeled_rows) if chosen is None else (chosen.source, chosen.rows_N)
         if len(rows) == 0:
             raise DataError(f"label split {data.split.name!r} leaves no unlabeled rows; use data.include_labeled=true or another split")
         order = parse_order(d.unlabeled_law, length=len(rows), seed=recipe.seed, batch=d.unlabeled_batch, stream="unlabeled")
         unknown = np.full(len(rows), -1, dtype=np.int64)
-        streams.append(Stream("unlabeled", data.source, rows, unknown, labels_N[rows], np.isin(rows, labeled), order, d.unlabeled_batch))
+        truth_N = labels_N[rows] if chosen is None else chosen.truth_N
+        also_labeled = np.isin(rows, labeled) if source is data.source else np.zeros(len(rows), dtype=bool)
+        streams.append(Stream("unlabeled", source, rows, unknown, truth_N, also_labeled, order, d.unlabeled_batch))
     return streams
 
 
@@ -193,8 +246,9 @@ def build_evaluator(recipe: Recipe, manifest: Manifest, split: LabelSplit | None
     source = open_rows(recipe, manifest, dataset_split, device)
     if rows_N is None:
         rows_N = np.arange(source.num_rows, dtype=np.int64)
+    rows_N = rows_N[source.labels_N[rows_N] >= 0]  # nobody can say whether an unknown class was hit
     if len(rows_N) == 0:
-        raise DataError(f"nothing to evaluate: {rows_of!r} has no rows")
+        raise DataError(f"nothing to evaluate: {rows_of!r} has no rows whose class is known")
     return Evaluator(
         source,
         rows_N,

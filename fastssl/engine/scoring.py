@@ -5,7 +5,8 @@ Accuracies are in percent, 0..100. Counts are integers until the last division, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,17 @@ PADDING = -1  # label of slots behind the end of the list; never counted
 
 def _logits(out: Out) -> Tensor:
     return out.logits_NC
+
+
+@contextmanager
+def _plain_counting() -> Iterator[None]:
+    """Counts are integers, so their order cannot matter; told to be deterministic, torchmetrics would compare every row with every pair of classes."""
+    wish, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wish, warn_only=warns)
 
 
 @dataclass
@@ -74,7 +86,8 @@ class Evaluator:
                     with accelerator.autocast():
                         logits_BK = self.predict(network(views)).float()
                     losses[name] += F.cross_entropy(logits_BK, label_B, ignore_index=PADDING, reduction="none").double().sum()
-                    scores[name].update(logits_BK, label_B)
+                    with _plain_counting():
+                        scores[name].update(logits_BK, label_B)
         finally:
             for name, network in networks.items():
                 network.train(was_training[name])

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from fastssl.errors import DataError, nearest
+from fastssl.sources.split_text import read_split_text, rest_of
 
 FORMAT_VERSION = 1
 FORMATS = ("arrays", "ffcv", "dali")
 MANIFEST_NAME = "dataset.json"
+SPLIT_SUFFIXES = (".txt", ".json")  # text is what `fastssl-data split` writes; JSON was before
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class SplitInfo:
     """One official split ("train", "test"): row count, rows per class, the largest image in pixels and its files relative to the dataset folder.
 
     ``files`` by role; ``lists`` has the roles that several files fill, in order ("shards").
-    ``rows_digest`` identifies the decoded pixels and labels in row order, whatever the storage format.
+    ``rows_digest`` identifies the source bytes (encoded file or pixels) and labels in row order, whatever the storage format.
     """
 
     name: str
@@ -204,22 +206,38 @@ def split_digest(of: str, rows_digest: str, labeled: Iterable[int], unlabeled: I
     return digest.hexdigest()
 
 
+def split_files(root: Path) -> list[Path]:
+    """The label split files of the dataset folder ``root``, by name."""
+    folder = root / "splits"
+    files = [file for file in folder.iterdir() if file.suffix in SPLIT_SUFFIXES and file.is_file()] if folder.is_dir() else []
+    return sorted(files, key=lambda file: (file.stem, file.suffix))
+
+
+def find_split(root: Path, name_or_path: str | Path) -> Path:
+    """The file of a label split by name (``<root>/splits/<name>.txt`` or ``.json``) or by path; DataError with the nearest name where there is none."""
+    text = str(name_or_path)
+    places = [Path(text)] if text.endswith(SPLIT_SUFFIXES) else [root / "splits" / f"{text}{suffix}" for suffix in SPLIT_SUFFIXES]
+    found = next((file for file in places if file.is_file()), None) if text else None
+    if found is None:
+        have = sorted({entry.stem for entry in split_files(root)})
+        raise DataError(
+            f"no label split {text!r} for {str(root)!r}{nearest(text, have)}; it has {have}; "
+            f"draw one with `fastssl-data split make {root} --name NAME --law tllib --per-class 4`"
+        )
+    return found
+
+
 def load_split(manifest: Manifest, name_or_path: str | Path) -> LabelSplit:
-    """A label split by name (``<dataset>/splits/<name>.json``) or by path.
+    """A label split by name (``<dataset>/splits/<name>.txt`` or ``.json``) or by path.
 
     Raises DataError when it is missing, damaged, drawn for other data, empty, or names rows that the dataset does not have or names twice.
     """
-    text = str(name_or_path)
-    file = Path(text) if text.endswith(".json") else manifest.root / "splits" / f"{text}.json"
-    if not text or not file.is_file():
-        have = sorted(entry.stem for entry in (manifest.root / "splits").glob("*.json"))
-        raise DataError(
-            f"no label split {text!r} for {str(manifest.root)!r}{nearest(text, have)}; it has {have}; "
-            f"draw one with `fastssl-data split {manifest.root} --name NAME --law tllib --per-class 4`"
-        )
-    raw = _read_json(file)
-    if raw.get("format_version") != FORMAT_VERSION:
+    file = find_split(manifest.root, name_or_path)
+    raw = read_split_text(file) if file.suffix == ".txt" else _read_json(file)
+    if file.suffix != ".txt" and raw.get("format_version") != FORMAT_VERSION:
         raise DataError(f"{str(file)!r} has format version {raw.get('format_version')!r}, this fastssl reads version {FORMAT_VERSION}; draw the split again")
+    if file.suffix == ".txt" and raw["unlabeled"] is None and str(raw["of"]) in manifest.splits:
+        raw["unlabeled"] = rest_of(manifest.split(raw["of"]).count, raw["labeled"], raw["validation"])
     try:
         rows = {key: np.asarray(raw[key], dtype=np.int64).reshape(-1) for key in ("labeled", "unlabeled", "validation")}
         of, recorded = str(raw.get("of", "train")), str(raw["digest"])
@@ -244,7 +262,20 @@ def load_split(manifest: Manifest, name_or_path: str | Path) -> LabelSplit:
         raise DataError(f"label split {str(file)!r} names row {bad}, {of!r} has rows 0..{info.count - 1}")
     if np.unique(every).size != every.size:
         raise DataError(f"label split {str(file)!r} names a row twice (labelled, unlabelled and validation rows must be disjoint); draw it again")
+    if info.unlabeled:
+        _check_known(manifest, split, file)
     return split
+
+
+def _check_known(manifest: Manifest, split: LabelSplit, file: Path) -> None:
+    """Labelled and validation rows need a class; rows of unknown class (-1) may only be unlabelled."""
+    labels = load_labels(manifest, split.of)
+    for side, rows in (("labelled", split.labeled), ("validation", split.validation)):
+        unknown = rows[labels[rows] < 0]
+        if unknown.size:
+            raise DataError(
+                f"label split {str(file)!r} has {unknown.size} {side} rows whose class nobody knows (label -1), first row {unknown[0]}; draw it again"
+            )
 
 
 def _read_json(file: Path) -> dict[str, Any]:

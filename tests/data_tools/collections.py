@@ -68,3 +68,32 @@ def sheet_folder(root: Path) -> Path:
     (root / "train_lables.json").write_text(json.dumps([i % 10 for i in range(20)]))
     (root / "test_lables.json").write_text(json.dumps([3, 8, 8, 0]))
     return root
+
+
+def pixels_of(split, row: int, channels: int = 3) -> np.ndarray:
+    """What conversion makes of a row by its default rules, decoded."""
+    from data_tools.images import Rules, prepare
+
+    return prepare(split.read(row), Rules(channels=channels)).decoded(channels)
+
+
+def write_beton(folder: Path, images: list[np.ndarray]) -> Path:
+    """A beton of raw images [H, W, 3] with labels 0, 1, ..., by the writer's own door."""
+    import io
+
+    from data_tools.beton_writer import BetonWriter
+    from data_tools.collection import ArraySplit
+    from data_tools.images import Rules
+    from data_tools.plan import plan_split
+    from data_tools.storage import Storage
+    from data_tools.units import Task, convert_rows
+
+    (folder / "out").mkdir(exist_ok=True)
+    payload = io.BytesIO()
+    task = Task("0", folder, ArraySplit(np.stack(images), np.arange(len(images)), "train"), 0, Rules(), Storage(mode="raw"))
+    unit = convert_rows(task, payload.write)
+    (folder / "part").write_bytes(payload.getvalue())
+    writer = BetonWriter(folder / "out", plan_split("train", 3, len(images), ["0"], [unit]))
+    with open(folder / "part", "rb") as part:
+        writer.append(unit.rows, part)
+    return folder / "out" / writer.finish()["beton"]

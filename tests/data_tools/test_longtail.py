@@ -1,7 +1,5 @@
 """Long-tailed settings: counts against hand-made ones and the published totals, rows, names, and the split file through the command."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -26,6 +24,7 @@ from data_tools.split import make_split
 from fastssl.errors import DataError
 from fastssl.sources import load_labels, load_manifest
 from fastssl.sources.manifest import load_split
+from fastssl.sources.split_text import read_split_text
 from tests.data_tools.collections import idx_folder
 
 
@@ -209,7 +208,7 @@ def test_the_command_writes_a_split_that_training_reads(dataset, capsys):
     assert np.bincount(labels[split.labeled], minlength=10).tolist() == want.tolist()
     everything = np.concatenate([split.unlabeled, split.validation])
     assert np.bincount(labels[everything], minlength=10).tolist() == class_counts(20, 10, 10)[::-1].tolist()
-    content = json.loads((dataset / "splits" / "lt.json").read_text())
+    content = read_split_text(dataset / "splits" / "lt.txt")
     assert content["law"] == "longtail" and content["arguments"]["setting"] == "own-lt reversed gamma=10 gamma_u=10 head=8 head_u=20"
     again = make_split(dataset, "again", setting=content["arguments"]["setting"], seed=5, validation=0)
     assert np.array_equal(again.labeled, split.labeled)  # the seed draws nothing

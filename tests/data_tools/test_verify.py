@@ -1,21 +1,28 @@
 """verify must find every kind of damage, and the leak report every repeated image."""
 
 import importlib.util
+import io
 import json
 import shutil
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import simplejpeg
+from PIL import Image
 
 import data_tools.verify
 from data_tools import ffcv_check
 from data_tools.convert import convert
 from data_tools.ffcv_check import compare
+from data_tools.leaks import FINGERPRINT, Ledger
 from data_tools.split import make_split
 from data_tools.verify import verify
 from fastssl.errors import DataError
 from fastssl.sources.beton import MODE_JPG, MODE_RAW, open_beton
-from tests.data_tools.collections import idx_bytes, idx_folder, photo_folders
+from tests.data_tools.collections import idx_bytes, idx_folder, photo_folders, smooth
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +62,10 @@ def swap_labels(folder):
 
 
 def edit_split(folder):
-    content = json.loads((folder / "splits" / "one.json").read_text())
-    content["labeled"][0] += 1
-    (folder / "splits" / "one.json").write_text(json.dumps(content))
+    file = folder / "splits" / "one.txt"
+    head, first, rest = file.read_text().partition("[labeled]\n")
+    row, line_end, others = rest.partition("\n")
+    file.write_text(f"{head}{first}{int(row) + 1}{line_end}{others}")
 
 
 def edit_manifest(folder):
@@ -73,14 +81,14 @@ def other_rows(folder):
 @pytest.mark.parametrize(
     "name, harm, expected",
     [
-        ("grey-arrays", flip_pixel, ["test.pixels.npy has changed", "test: 1 images do not decode to the recorded pixels (rows 19)"]),
-        ("photo-ffcv", spoil_jpeg, ["train.beton has changed", "train: 1 images do not decode to the recorded pixels (rows 3)"]),
+        ("grey-arrays", flip_pixel, ["test: 1 images are not the bytes that were written (rows 19)"]),
+        ("photo-ffcv", spoil_jpeg, ["train: 1 images are not the bytes that were written (rows 3)"]),
         ("grey-arrays", swap_labels, ["train.labels.npy has changed", "labels of train differ"]),
         ("grey-ffcv", swap_labels, ["train.labels.npy has changed", "other labels"]),
         ("grey-arrays", edit_split, ["own digest"]),
         ("grey-arrays", edit_manifest, ["checksums do not belong"]),
         ("grey-arrays", lambda folder: (folder / "train.pixels.npy").unlink(), ["train.pixels.npy is missing"]),
-        ("grey-arrays", other_rows, ["rows digest", "do not decode"]),
+        ("grey-arrays", other_rows, ["rows digest", "are not the bytes"]),
     ],
 )
 def test_damage_is_found(pristine, tmp_path, name, harm, expected):
@@ -90,6 +98,20 @@ def test_damage_is_found(pristine, tmp_path, name, harm, expected):
     problems = verify(tmp_path / name).problems
     for text in expected:
         assert any(text in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize("format", ["ffcv", "dali"])
+def test_images_that_were_broken_from_the_start_are_found_by_decoding(tmp_path, format):
+    raw = photo_folders(tmp_path / "raw")
+    noise = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
+    data = simplejpeg.encode_jpeg(noise, 90, "RGB", "444")
+    # Its markers are in order, and no test image is decoded for mean and std: conversion keeps it.
+    (raw / "test" / "dog" / "0.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+    dataset = convert(raw, tmp_path / "data", format=format)
+    assert verify(dataset, decode=False).problems == []
+    assert verify(dataset, workers=2).problems == ["test: 1 images do not decode to the recorded size (rows 2)"]
+    convert(raw, tmp_path / "deep", format=format, check="decode")
+    assert pq.read_table(tmp_path / "deep" / "bad.parquet")["key"].to_pylist() == ["test/dog/0.jpg"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PAR1 no"])
@@ -190,3 +212,79 @@ def test_leak_report_counts_repeats(tmp_path):
     assert "duplicates within train: 1 images repeat an earlier one; 1 groups disagree on the label" in notes
     assert "duplicates within test: 1 images repeat an earlier one; 1 groups disagree on the label" in notes
     assert any("train row 9 (label 9) = test row 7 (label 7) = test row 8 (label 8)" in note for note in notes)
+
+
+def photo(pixels, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format", ["arrays", "ffcv", "dali"])
+def test_equal_pixels_in_different_files_are_leaks(tmp_path, format):
+    raw = photo_folders(tmp_path / "raw")
+    pixels = smooth(20, 30, 99)
+    (raw / "train" / "cat" / "new.png").write_bytes(photo(pixels, format="PNG", compress_level=0))
+    (raw / "test" / "dog" / "new.bmp").write_bytes(photo(pixels, format="BMP"))
+    (raw / "test" / "emu" / "turned.png").write_bytes(photo(np.ascontiguousarray(pixels.reshape(30, 20, 3)), format="PNG"))  # equal bytes, another shape
+    data = convert(raw, tmp_path / "data", format=format)
+    notes = verify(data, leaks=True, workers=3).notes
+    assert "leaks: 1 test images also occur in another split" in notes
+    assert "  train row 4 (label 0) = test row 4 (label 1)" in notes
+    assert "leaks: 0 test images also occur in another split" in verify(data, leaks=True, decode=False).notes  # the files differ
+
+
+def test_rows_without_a_class_agree_with_any_label():
+    with Ledger(["train", "test"]) as ledger:
+        ledger.add([(b"a" * 16, "train", 5, -1), (b"a" * 16, "train", 3, 1), (b"b" * 16, "train", 1, 0), (b"b" * 16, "train", 2, 1)])
+        ledger.add([(b"a" * 16, "test", 0, 1), (b"c" * 15 + b"\0", "train", 9, 0), (b"c" * 15 + b"\1", "test", 9, 0)])
+        ledger.add([])
+        assert ledger.report() == [
+            "duplicates within test: 0 images repeat an earlier one; 0 groups disagree on the label",
+            "duplicates within train: 2 images repeat an earlier one; 1 groups disagree on the label",
+            "leaks: 1 test images also occur in another split",
+            "  train row 3 (label 1) = train row 5 (no label) = test row 0 (label 1)",
+        ]
+
+
+def test_the_ledger_finds_what_a_dictionary_finds():
+    random = np.random.RandomState(0)
+    for size in (0, 1, 7, 3000):
+        prints = [random.bytes(1) * 16 if random.rand() < 0.1 else random.bytes(16) for _ in range(size)]
+        splits = random.choice(["train", "test"], size).tolist()
+        expected: dict[bytes, list[int]] = {}
+        for place, pixels in enumerate(prints):
+            expected.setdefault(pixels, []).append(place)
+        with Ledger(["train", "test"]) as ledger:
+            for start in range(0, size, 100):
+                ledger.add([(prints[i], splits[i], i, 0) for i in random.permutation(range(start, min(size, start + 100)))])
+            found = [sorted(group["row"].tolist()) for group in ledger.groups()]
+            folder = Path(ledger._folder.name)
+            crossing = [group for group in expected.values() if len({splits[i] for i in group}) > 1]
+            report = ledger.report()
+        assert sorted(found) == sorted(group for group in expected.values() if len(group) > 1)
+        assert f"leaks: {sum(splits[i] == 'test' for group in crossing for i in group)} test images also occur in another split" in report
+        assert not folder.exists()
+        if len(crossing) > 5:
+            assert report[-1] == f"  ... and {len(crossing) - 5} more groups" and len(report) == 9
+            first = min(min(i for i in group if splits[i] == "train") for group in crossing)
+            assert report[3].startswith(f"  train row {first} ")
+
+
+def test_a_million_images_take_little_memory():
+    tracemalloc.start()
+    with Ledger(["train"]) as ledger:
+        table = np.zeros(50_000, FINGERPRINT)
+        for part in range(20):
+            ids = np.arange(50_000, dtype=np.uint64) + part * 50_000 - (part == 19)  # the last part repeats one image of the part before
+            table["pixels"] = (ids * np.uint64(0x9E3779B97F4A7C15)).view("V8").astype("V16")
+            table["row"] = ids
+            bucket = table["pixels"].copy().view(np.uint8).reshape(-1, 16)[:, 0] % len(ledger._files)
+            for number in range(len(ledger._files)):
+                ledger._files[number].write(table[bucket == number].tobytes())
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        assert ledger.report()[0] == "duplicates within train: 1 images repeat an earlier one; 0 groups disagree on the label"
+        peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak < 10e6  # all of them would be 33 MB

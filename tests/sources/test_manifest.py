@@ -17,8 +17,18 @@ from tests.data_tools.collections import idx_folder
 def pristine(tmp_path_factory):
     root = tmp_path_factory.mktemp("manifest")
     convert(idx_folder(root / "raw"), root / "data", name="tiny")
-    make_split(root / "data", "two", per_class=2, validation=10)
+    write_json(root / "data", make_split(root / "data", "two", per_class=2, validation=10))
     return root
+
+
+def write_json(root, made):
+    """The older form of a label split, which is still read, in place of the text."""
+    manifest = load_manifest(root)
+    rows = {side: getattr(made, side).tolist() for side in ("labeled", "unlabeled", "validation")}
+    facts = {"format_version": 1, "name": made.name, "law": made.law, "seed": made.seed, "of": made.of, "dataset": manifest.name, "digest": made.digest}
+    facts |= {"dataset_digest": manifest.digest, "rows_digest": manifest.split("train").rows_digest, **rows}
+    (root / "splits" / f"{made.name}.json").write_text(json.dumps(facts))
+    (root / "splits" / f"{made.name}.txt").unlink()
 
 
 @pytest.fixture
