@@ -16,45 +16,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
-import PIL
 import PIL.Image
 import torch
-import torchvision
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.host import commit, machine, versions  # noqa: E402
 from benchmarks.peers import pipelines  # noqa: E402
 from fastssl.augment import build_policy, draw, render  # noqa: E402
 
 MEAN, STD, SIZE = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 32
-
-
-def machine() -> dict[str, object]:
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
-    return {"cpu": model, "cores": os.cpu_count(), "load_1min_at_start": round(os.getloadavg()[0], 2), "threads_used": torch.get_num_threads()}
-
-
-def commit() -> str:
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "fastssl", "benchmarks/*.py") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def natural_like(count: int) -> np.ndarray:
@@ -129,7 +108,7 @@ def main() -> None:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
         "machine": host,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__},
+        "versions": versions("torch", "torchvision", "pillow"),
         "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

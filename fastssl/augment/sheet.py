@@ -75,9 +75,6 @@ def contact_sheet(
     """
     pixels_BHWC, extent_B2 = pixels_BHWC.cpu(), extent_B2.cpu()
     rows = pixels_BHWC.shape[0]
-    font, bold = _font(TEXT_PX), _font(TEXT_PX + 3)
-    line_px = TEXT_PX + 3
-
     columns: list[list[tuple[np.ndarray, str]]] = [[]]
     for row in range(rows):
         h, w = extent_B2[row].tolist()
@@ -91,21 +88,53 @@ def contact_sheet(
         for j in range(views):
             columns.append([(made[r * views + j], describe(policy, plan, r * views + j)) for r in range(rows)])
 
+    return _paint(columns, [("original", 1), *((heading, views) for heading in policies)], tile, title)
+
+
+def difference_sheet(
+    who: Sequence[str], lines: Sequence[tuple[str, Sequence[np.ndarray]]], *, tile: int = 128, title: str = "", amplify: int = 64
+) -> Image.Image:
+    """Pictures of the same thing by several makers, side by side, each but the first followed by its distance from the first.
+
+    ``lines``: (caption, one picture uint8 [h, w, C] per maker in the order of ``who``).  The distance is drawn as min(255, amplify * |a - b|) per
+    channel; under it stand mean and largest distance in levels and the share of values that differ.  Pictures of different sizes have no distance:
+    the sheet says so.
+    """
+    columns: list[list[tuple[np.ndarray, str]]] = [[(pictures[0], caption) for caption, pictures in lines]]
+    for number in range(1, len(who)):
+        columns.append([(pictures[number], "") for _, pictures in lines])
+        columns.append([_distance(pictures[0], pictures[number], amplify) for _, pictures in lines])
+    return _paint(columns, [(who[0], 1), *((f"{name}, and {amplify} times its distance", 2) for name in who[1:])], tile, title)
+
+
+def _distance(first: np.ndarray, other: np.ndarray, amplify: int) -> tuple[np.ndarray, str]:
+    if first.shape != other.shape:
+        return np.full_like(other, 255), f"{first.shape[1]}x{first.shape[0]} against {other.shape[1]}x{other.shape[0]}"
+    apart = np.abs(first.astype(np.int32) - other)
+    return np.minimum(255, amplify * apart).astype(np.uint8), f"mean {apart.mean():.3f}, most {apart.max()}, {(apart > 0).mean():.1%} differ"
+
+
+def _paint(columns: Sequence[Sequence[tuple[np.ndarray, str]]], groups: Sequence[tuple[str, int]], tile: int, title: str) -> Image.Image:
+    """Columns of (picture, text below) under headings, each of which stands over the given number of columns."""
+    font, bold = _font(TEXT_PX), _font(TEXT_PX + 3)
+    line_px, rows = TEXT_PX + 3, len(columns[0])
     wrapped = [[_wrap(text, font, tile) for _, text in column] for column in columns]
     text_px = [max(len(column[row]) for column in wrapped) * line_px for row in range(rows)]
-    heads = (line_px + 10 if title else 0) + line_px + 12
-    group_of = [0] + [1 + i // views for i in range(len(columns) - 1)]
+    group_of = [group for group, (_, count) in enumerate(groups) for _ in range(count)]
     left = [MARGIN + c * (tile + GAP) + group_of[c] * 2 * GAP for c in range(len(columns))]
-    sheet = Image.new("RGB", (left[-1] + tile + MARGIN, MARGIN + heads + sum(tile + 4 + t + GAP for t in text_px) + MARGIN), PAPER)
+    over = [[c for c in range(len(columns)) if group_of[c] == group] for group in range(len(groups))]
+    heads = [_wrap(heading, font, left[mine[-1]] + tile - left[mine[0]] - 10) for (heading, _), mine in zip(groups, over, strict=True)]
+    band_px = max(map(len, heads)) * line_px + 5
+    top = MARGIN + (line_px + 10 if title else 0)
+    sheet = Image.new("RGB", (left[-1] + tile + MARGIN, top + band_px + 7 + sum(tile + 4 + t + GAP for t in text_px) + MARGIN), PAPER)
     pen = ImageDraw.Draw(sheet)
     if title:
         pen.text((MARGIN, MARGIN), title, fill=INK, font=bold)
-    for group, heading in enumerate(["original", *policies]):
-        mine = [c for c in range(len(columns)) if group_of[c] == group]
-        top = MARGIN + heads - line_px - 12
-        pen.rectangle((left[mine[0]], top, left[mine[-1]] + tile - 1, top + line_px + 5), fill=BAND)
-        pen.text((left[mine[0]] + 5, top + 3), heading, fill=INK, font=font)
-    top = MARGIN + heads
+    for lines, mine in zip(heads, over, strict=True):
+        pen.rectangle((left[mine[0]], top, left[mine[-1]] + tile - 1, top + band_px), fill=BAND)
+        for i, line in enumerate(lines):
+            pen.text((left[mine[0]] + 5, top + 3 + i * line_px), line, fill=INK, font=font)
+    top += band_px + 7
     for row in range(rows):
         for c, column in enumerate(columns):
             picture = _tile(column[row][0], tile)
