@@ -59,7 +59,8 @@ def render(policy: Policy, plan: Plan, pixels_BHWC: Tensor, extent_B2: Tensor, o
 
     ``pixels_BHWC`` uint8, only [:h, :w] of each row is read; ``extent_B2`` int32 (h, w); ``out_BCHW`` float32, bfloat16 or float16,
     [B, channels, size, size], best in channels-last memory.  On an accelerator nothing is read back by the host.
-    On the CPU ``auto`` resizes with torch's own kernel, five times as fast and a level off in under 1 % of the resized values; ``reference`` is exact.
+    On the CPU ``auto`` resizes and moves bilinearly with torch's own kernels, several times as fast and a level off in under 1 % of those values;
+    ``reference`` is exact.
     """
     if check_backend(policy, backend, pixels_BHWC.device) == "triton":
         from fastssl.augment import triton_renderer  # imports triton, which machines without CUDA may lack

@@ -6,11 +6,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastssl.augment.ops import CODE
 from fastssl.augment.pixels import paint
 
 ONE = 1 << 16  # 1.0 in 16.16 fixed point
+TRUNCATION = 2e-3  # added before a float32 value is truncated, so that a whole level is not taken for the one below
 
 
 def centred(extent_B: Tensor, size: int) -> Tensor:
@@ -115,3 +117,20 @@ def bilinear(pixels_MCHW: Tensor, coefficients_M6: Tensor, height_M: Tensor, wid
     lower = lower + (at(1, 1) - lower) * dx
     out = (upper + (lower - upper) * dy).to(torch.uint8)
     return paint(out, ~inside, fill)
+
+
+def bilinear_fast(pixels_MCHW: Tensor, coefficients_M6: Tensor, fill: tuple[int, ...]) -> Tensor:
+    """:func:`bilinear` of images that fill their canvas, by torch's grid sampler in float32: several times as fast on a CPU, now and then a level off.
+
+    The sampler's edge-to-edge coordinates are Pillow's pixel-corner positions scaled to -1..1, and its border padding is Pillow's clamping.
+    """
+    _, _, height, width = pixels_MCHW.shape
+    c = coefficients_M6.to(torch.float32).view(-1, 6, 1, 1)
+    col = torch.arange(width, device=c.device, dtype=torch.float32).view(1, 1, -1) + 0.5
+    row = torch.arange(height, device=c.device, dtype=torch.float32).view(1, -1, 1) + 0.5
+    x = torch.addcmul(c[:, 1] * row + c[:, 2], c[:, 0], col)
+    y = torch.addcmul(c[:, 4] * row + c[:, 5], c[:, 3], col)
+    outside = ~((x >= 0) & (x < width) & (y >= 0) & (y < height))
+    grid = torch.stack([x.mul_(2 / width).sub_(1), y.mul_(2 / height).sub_(1)], -1)
+    out = F.grid_sample(pixels_MCHW.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return paint(out.add_(TRUNCATION).to(torch.uint8), outside, fill)

@@ -68,6 +68,8 @@ def apply_ops(canvas: Canvas, code: Tensor, a: Tensor, space: Space, fill: tuple
         mine, h, w = pick(code, rows), pick(canvas.height, rows), pick(canvas.width, rows)
         matrix = geometry.coefficients(mine, pick(a, rows), h, w)
         matrix = geometry.whole_pixels(matrix, mine, tables(space, code.device)["pixels"][mine])
+        if space.resample != "nearest" and canvas.fast and canvas.full:
+            return geometry.bilinear_fast(pick(canvas.image, rows), matrix, fill)
         sample = geometry.nearest if space.resample == "nearest" else geometry.bilinear
         return sample(pick(canvas.image, rows), matrix, h, w, fill)
 

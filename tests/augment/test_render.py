@@ -275,3 +275,17 @@ def test_describe_names_what_was_drawn():
     still = {**ops, "applied": torch.tensor([[False, False]])}
     plan = Plan(({"flip": torch.tensor([False])}, {"y": torch.tensor([4]), "x": torch.tensor([4])}, still, {"box": torch.tensor([[0, 0, -1, -1]])}))
     assert describe(rule, plan, 0) == "unchanged"
+
+
+def test_fast_bilinear_moves_are_at_most_a_level_off():
+    """One timm op on images that fill their canvas: torch's sampler against Pillow's arithmetic, whole-pixel moves exactly."""
+    rule = build_policy(["center", {"randaugment": {"space": "timm", "n": 1, "p": 1.0}}], size=36, channels=3, mean=[0.5, 0.4, 0.3], std=[0.2] * 3)
+    pixels = torch.randint(0, 256, (200, 36, 36, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    extent = torch.full((200, 2), 36, dtype=torch.int32)
+    plan = draw(rule, seed=0, stream=1, view=0, draw_B=torch.arange(200), extent_B2=extent)
+    fast, exact = (render_uint8(rule, plan, pixels, extent, mode=mode).int() for mode in ("fast", "grouped"))
+    off = (fast - exact).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.02
+    moved = plan.laws[1]["code"][:, 0]
+    shifts = (moved == CODE["TranslateX"]) | (moved == CODE["TranslateY"])
+    assert shifts.any() and (off[moved == CODE["Rotate"]] > 0).any(), "both kinds were drawn"
