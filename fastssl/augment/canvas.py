@@ -141,11 +141,17 @@ class Canvas:
         self.flush()
 
         def sample(rows: Rows) -> Tensor:
-            mine = source.rows(rows)
-            parts = most
-            if self.grouped:
-                parts = int(torch.maximum(mine.box_height / mine.height, mine.box_width / mine.width).max().ceil().clamp(1, most))
-            return compose.sample(pick(image, rows), mine, [pick(m, rows) for m in matrices], size, parts, fill)
+            mine, pictures, maps = source.rows(rows), pick(image, rows), [pick(m, rows) for m in matrices]
+            if not self.grouped:
+                return compose.sample(pictures, mine, maps, size, most, fill)
+            out = pictures.new_empty(len(pictures), pictures.shape[1], *size)
+            need_M = torch.maximum(mine.box_height / mine.height, mine.box_width / mine.width).ceil().clamp(1, most).view(-1)
+            for parts in range(1, most + 1):  # rows that need one sample a pixel do not wait for those that need nine
+                these = (need_M == parts).nonzero().squeeze(1)
+                if len(these):
+                    few = compose.sample(pictures[these], mine.rows(these), [m[these] for m in maps], size, parts, fill, self.fast)
+                    out.index_copy_(0, these, few)
+            return out
 
         self.image = update(self.image, moved_B, self.grouped, sample)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastssl.augment import pixels
 
@@ -41,6 +42,10 @@ class Source:
     def rows(self, index: Tensor | slice) -> Source:
         numbers = (self.top, self.left, self.box_height, self.box_width, self.height, self.width)
         return Source(*(number[index] for number in numbers), mirrored=None if self.mirrored is None else self.mirrored[index])  # type: ignore[misc]
+
+    def to(self, kind: torch.dtype) -> Source:
+        numbers = (self.top, self.left, self.box_height, self.box_width, self.height, self.width)
+        return Source(*(number.to(kind) for number in numbers), mirrored=self.mirrored)  # type: ignore[misc]
 
 
 def _through(matrices: list[Tensor], x: Tensor, y: Tensor, source: Source) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,14 +78,28 @@ def _bilinear(pixels_MCHW: Tensor, x: Tensor, y: Tensor, source: Source) -> Tens
     return upper + (lower - upper) * dy
 
 
-def sample(pixels_MCHW: Tensor, source: Source, matrices: list[Tensor], size: tuple[int, int], parts: int, fill: tuple[int, ...]) -> Tensor:
+def _bilinear_fast(pixels_MCHW: Tensor, x: Tensor, y: Tensor, source: Source) -> Tensor:
+    """:func:`_bilinear` by torch's grid sampler; a position clamped to the box's outermost centers has the same neighbors as clamped neighbors."""
+    _, _, height, width = pixels_MCHW.shape
+    x = torch.minimum(torch.maximum(x, source.left + 0.5), source.left + source.box_width - 0.5)
+    y = torch.minimum(torch.maximum(y, source.top + 0.5), source.top + source.box_height - 0.5)
+    grid = torch.stack([x * (2 / width) - 1, y * (2 / height) - 1], -1)
+    return F.grid_sample(pixels_MCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def sample(
+    pixels_MCHW: Tensor, source: Source, matrices: list[Tensor], size: tuple[int, int], parts: int, fill: tuple[int, ...], fast: bool = False
+) -> Tensor:
     """uint8 [M, C, *size]: the view after ``matrices`` (float64 [M, 6] each, in order of action), in one resampling.
 
-    ``parts`` bounds s where the host may not read it.
+    ``parts`` bounds s where the host may not read it. ``fast``: positions in float32 and torch's sampler, now and then a level off.
     """
-    device = pixels_MCHW.device
-    col = torch.arange(size[1], device=device, dtype=torch.float64).view(1, 1, -1)
-    row = torch.arange(size[0], device=device, dtype=torch.float64).view(1, -1, 1)
+    device, bilinear, kind = pixels_MCHW.device, _bilinear, torch.float64
+    if fast:
+        bilinear, kind, pixels_MCHW = _bilinear_fast, torch.float32, pixels_MCHW.float()
+        source, matrices = source.to(kind), [matrix.to(kind) for matrix in matrices]
+    col = torch.arange(size[1], device=device, dtype=kind).view(1, 1, -1)
+    row = torch.arange(size[0], device=device, dtype=kind).view(1, -1, 1)
     scale_x, scale_y = source.box_width / source.width, source.box_height / source.height
     s = torch.maximum(scale_x, scale_y).ceil().clamp(1, parts)
     total = torch.zeros(len(pixels_MCHW), pixels_MCHW.shape[1], *size, device=device)
@@ -88,7 +107,7 @@ def sample(pixels_MCHW: Tensor, source: Source, matrices: list[Tensor], size: tu
         for j in range(parts):
             x, y, _ = _through(matrices, col + (j + 0.5) / s, row + (i + 0.5) / s, source)
             x = x if source.mirrored is None else torch.where(source.mirrored, source.width - x, x)
-            found = _bilinear(pixels_MCHW, source.left + x * scale_x, source.top + y * scale_y, source)
+            found = bilinear(pixels_MCHW, source.left + x * scale_x, source.top + y * scale_y, source)
             total = total + torch.where(((i < s) & (j < s)).unsqueeze(1), found, 0.0)
     out = (total / (s * s).float().unsqueeze(1) + 0.5).floor().to(torch.uint8)
     _, _, outside = _through(matrices, col + 0.5, row + 0.5, source)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 PRECISION_BITS = 32 - 8 - 2  # a uint8 times a weight, with a sign and one bit for weights that sum above 1, fits int32
 SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}  # half width of the filter in source pixels, before stretching
+WASTE = 16  # a target with more pixels than this times those kept is not made as a whole
 CHUNK = {True: 1 << 20, False: 1 << 26}  # values gathered at a time: on the CPU, elsewhere
 
 
@@ -117,11 +118,19 @@ def boxes_at(pixels_BCHW: Tensor, boxes: Boxes, rows_BH: Tensor, cols_BW: Tensor
 
 
 def boxes_fast(pixels_BCHW: Tensor, boxes: Boxes, rows_BH: Tensor | None, cols_BW: Tensor | None) -> Tensor:
-    """The same by torch's own kernel, one image after the other; None = all positions (of targets that are equal)."""
+    """The same by torch's own kernel, one image after the other; None = all positions (of targets that are equal).
+
+    That kernel makes the whole target.  A strip whose target is far larger than what is kept of it (1 x 4000 pixels to a shorter side of 256: 786 MB) goes
+    through :func:`boxes_at`.
+    """
     images = []
     for i, (top, left, h, w, to_h, to_w) in enumerate(
         zip(*(field.tolist() for field in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.to_height, boxes.to_width)), strict=True)
     ):
+        if rows_BH is not None and cols_BW is not None and to_h * to_w > WASTE * rows_BH.shape[1] * cols_BW.shape[1]:
+            one = slice(i, i + 1)
+            images.append(boxes_at(pixels_BCHW[one], boxes.rows(one), rows_BH[one], cols_BW[one])[0])
+            continue
         cut = pixels_BCHW[i : i + 1, :, top : top + h, left : left + w]
         if (h, w) != (to_h, to_w):
             cut = torch.nn.functional.interpolate(cut, size=(to_h, to_w), mode=boxes.mode, antialias=True)
