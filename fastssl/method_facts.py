@@ -90,7 +90,7 @@ def facts_of(name: str, config: Any = None) -> Facts:
         text,
         {view: _describe(wish) for view, wish in views.items()},
         heads,
-        {buffer: _shape(tensor) for buffer, tensor in method.named_buffers()},
+        {buffer: _shape(tensor) for buffer, tensor in method.state_dict().items()},
         bool(method_class.needs_teacher(config)),
         bool(method_class.moves_teacher),
         options_of(config, text),

@@ -21,7 +21,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "data.unlabeled_batch", "data.workers", "train.threads", "eval.every", "checkpoint.every", "optim.weight_decay", "optim.clip_norm",
-    "schedule.warmup_steps", "schedule.warmup_epochs", "schedule.gamma", "schedule.decay",
+    "schedule.warmup_steps", "schedule.warmup_epochs", "schedule.warmup_from", "schedule.gamma", "schedule.decay",
 )  # fmt: skip
 ABOVE_ZERO = ("optim.lr", "data.stall_timeout_s")
 

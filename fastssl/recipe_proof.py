@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastssl import methods
-from fastssl.engine.assemble import build_network_and_method, build_slot, build_view_policies
+from fastssl.engine.assemble import build_method, build_network_and_method, build_slot, build_view_policies
 from fastssl.engine.clock import LearningRate
 from fastssl.engine.optim import build_optimizer
 from fastssl.errors import FastSSLError
@@ -81,7 +81,7 @@ def check_recipe(recipe: Recipe, built: set[str] | None = None) -> None:
         build_slot(recipe, slot, STATISTICS, 3, sizes.get(slot))
     task = any_task(recipe)
     weightless = replace(recipe, model=replace(recipe.model, weights=""))
-    method_class(config, task)
+    build_method(recipe, task)
     optim = replace(recipe.optim, name="sgd", momentum=0.0, nesterov=False, lr=1.0, weight_decay=1.0)  # its patterns matter, not its state
     key = repr((weightless.model, recipe.batchnorm, method_class.heads(config, task), method_class.frozen(config), optim))
     if key not in built:

@@ -42,3 +42,19 @@ def test_a_recipe_of_every_family_trains(recipe, more, tmp_path):
     assert cli.main(["train", recipe, *words, "--run-dir", str(run)]) == 0
     summary = json.loads(Path(run, "summary.json").read_text())
     assert summary["status"] == "finished" and summary["steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "message"),
+    [
+        ("acr_d/cifar10@exp=0", ("method.class_counts=[1,2]",), "class_counts has 2 numbers, the dataset has 4 classes"),
+        ("simmatch/imagenet@1p", ("schedule.warmup_epochs=1", "teacher.enabled=false"), "teacher.enabled = false must be true"),
+        ("tllib/fixmatch@cifar10_supervised", ("teacher.enabled=true", "teacher.when=by_method"), "never moves the teacher"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_message(recipe, more, message, tmp_path, capsys):
+    data = make_dataset(tmp_path / "data")
+    patterns = () if recipe.startswith("tllib") else ("optim.no_decay=[bias]",)
+    words = [f"data.path={data}", "model.name=small_cnn", "data.labeled_batch=8", "data.unlabeled_batch=8", *SMALL, *patterns, *more]
+    assert cli.main(["train", recipe, *words, "--run-dir", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err

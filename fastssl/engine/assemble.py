@@ -229,7 +229,15 @@ def build_network_and_method(recipe: Recipe, manifest: Manifest, channels: int, 
     if frozen:
         freeze(network, frozen)
         network.eval_backbone = not any(p.requires_grad for p in network.backbone.parameters())
-    return network, method_class(config, task)
+    return network, build_method(recipe, task)
+
+
+def build_method(recipe: Recipe, task: Task) -> Method:
+    """The method on the CPU; RecipeError for options that do not fit the task."""
+    try:
+        return get_method(recipe.method.name)(recipe.method.config, task)
+    except ValueError as error:
+        raise RecipeError(f"method = {recipe.method.name}: {error}") from error
 
 
 def build_evaluator(recipe: Recipe, manifest: Manifest, split: LabelSplit | None, rows_of: str, channels: int, device: torch.device) -> Evaluator:

@@ -19,7 +19,7 @@ from fastssl.types import Batch, HeadSpec, Loss, Out, PseudoLabels, Task, View, 
 
 
 class ACRd(Method):
-    """ACR_d (the comparison in the code of SimPro, Du et al., ICML 2024, arXiv:2402.13505): :class:`ACR <fastssl.methods.acr>` with a constant tau.
+    """ACR_d (the comparison in the code of SimPro, Du et al., ICML 2024, arXiv:2402.13505): ACR (acr.py) with a constant tau.
 
     Two linear heads on one network: z (standard) and b (balanced, the one that is tested). p is the labelled class distribution, A(tau) = log p^tau.
 
@@ -73,7 +73,7 @@ class ACRd(Method):
         super().__init__(config, task)
         counts = config.class_counts or task.labeled_class_counts
         if len(counts) != task.num_classes:
-            raise ValueError(f"class_counts has {len(counts)} numbers, the dataset has {task.num_classes} classes")
+            raise ValueError(f"class_counts has {len(counts)} numbers, the dataset has {task.num_classes} classes: give one labelled count per class")
         labeled_C = torch.tensor(counts, dtype=torch.get_default_dtype()) / sum(counts)
         uniform_C = torch.full_like(labeled_C, 1 / task.num_classes)
         self.register_buffer("anchors", torch.stack([labeled_C, uniform_C, labeled_C.flip(0)]), persistent=False)  # known from the split

@@ -56,6 +56,8 @@ class Method(nn.Module):
     """Whether the method itself moves the teacher's average; ``teacher.when=by_method`` is refused otherwise."""
     labeled_rows: ClassVar[Literal["split", "all"]] = "split"
     """"all": every row of the split's dataset is labelled with its true label (the oracle)."""
+    uncapturable: ClassVar[str] = ""
+    """Why an update cannot be recorded as a graph; empty = it can."""
 
     def __init__(self, config: Any, task: Task):
         super().__init__()

@@ -31,7 +31,7 @@ class ShrinkMatch(Method):
 
         P_i  = align(softmax(z'(u_w,i)))        Pt_i = a P_i + (1-a) A_i (as in SimMatch; Pt = P without a bank)     m_i = 1[max Pt_i >= tau]
         For m_i = 0, with classes sorted by Pt_i:  c* = the first c >= 2 with  p_0 / (p_0 + sum_{k>=c} p_k) >= tau, class space S_i = {0} and c*, c*+1, ...
-        l_i  = max Pt_i (logsumexp_{S_i} a(u_s,i) - a(u_s,i)_0)         a: auxiliary head; 0 for certain rows and where no c reaches tau
+        l_i  = max Pt_i (logsumexp_{S_i} a(u_s,i) - a(u_s,i)_0)         a: auxiliary head; 0 for certain rows, where no c reaches tau, and for K < 3
         rho <- r rho + (1-r) mean m             mean m of the first batch at first; moved before it is used
         L_s  = mean_i CE(z(x_i), t_i)           L_u = lambda_u / U  sum_i m_i H(Pt_i, softmax(z(u_s,i)))
         L    = L_s + L_u + L_in + lambda_u rho / U  sum_i l_i           L_in: SimMatch's instance loss

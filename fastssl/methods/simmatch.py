@@ -146,5 +146,6 @@ class SimMatch(Method):
             embed_BD = unit_rows(torch.lerp(embed_BD, self.bank_ND[index_B], self.config.bank_momentum))
         self.bank_ND.index_copy_(0, index_B, embed_BD)
         self.bank_label_N.index_copy_(0, index_B, label_B[last_B])
-        self.ring_LK.index_copy_(0, self.ring_slot, self.kept("mean_K")[None].to(self.ring_LK.dtype))
-        self.ring_slot.add_(1).remainder_(len(self.ring_LK))
+        if self.config.alignment == "ring":
+            self.ring_LK.index_copy_(0, self.ring_slot, self.kept("mean_K")[None].to(self.ring_LK.dtype))
+            self.ring_slot.add_(1).remainder_(len(self.ring_LK))

@@ -198,7 +198,8 @@ class SimMatchV2(Method):
         self.bank_MD.index_copy_(0, slots_U, embed_UD.to(self.bank_MD.dtype))
         self.bank_label_MK.index_copy_(0, slots_U, prob_UK.to(self.bank_label_MK.dtype))
         self.bank_slot.add_(len(embed_UD)).remainder_(len(self.bank_MD))
-        self.mean_K.lerp_(self.kept("mean_K").to(self.mean_K.dtype), 1 - self.config.alignment_momentum)
+        if self.config.alignment == "moving":
+            self.mean_K.lerp_(self.kept("mean_K").to(self.mean_K.dtype), 1 - self.config.alignment_momentum)
 
 
 def _on_all_ranks(yes: Tensor) -> Tensor:

@@ -102,6 +102,47 @@ def test_the_threshold_and_the_weak_view_are_really_used(tmp_path):
         assert any(fault.startswith("mask:") or fault.startswith("pseudo_labels:") for fault in result.faults), result.line()
 
 
+# One file of each kind; without those whose numbers are sizes, counts of steps or a network's shape alone.
+KINDS = [
+    "acr_c25", "acr_d_c25", "acr_d_e2e_c10", "acr_e2e_c10", "debiasmatch_c25_s202", "dst_c25_s202", "dst_wce_c10_s101", "erm_c25_s202",
+    "fixmatch_c25_s202", "flexmatch_c25_s202_warmup", "mean_teacher_c10_s101", "noisy_student_c10_s101", "pi_model_c25_s202",
+    "pseudo_label_c25_s202", "self_tuning_c10_s101", "shrinkmatch_cifar_b", "shrinkmatch_imagenet_b", "shrinkmatch_stl10_a",
+    "simmatch_fixmatch_eman_a", "simmatch_loss_b", "simmatchv2_loss_a", "simpro_c25", "simpro_e2e_c10", "uda_c10_s101",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", KINDS)
+def test_every_real_hyper_parameter_of_a_file_is_really_used(stem, tmp_path):
+    """A handler that read a number without passing it on, or had a constant in its place, would not notice the change."""
+    arrays = load(stem)
+    real = [name for name, array in arrays.items() if array.ndim == 0 and array.dtype.kind == "f" and not name.startswith("s") and name != "hp_scale_ratio"]
+    switches = [name for name in ("warmup", "hp.DA", "hp.use_da", "hp_est_epoch") if name in arrays and (stem, name) != ("simpro_e2e_c10", "hp_est_epoch")]
+    assert real
+    for name in [*real, *switches]:
+        value = arrays[name] * 0.8 if name in real else np.array(1 - int(arrays[name] > 0))
+        result = replay(save(tmp_path, stem, arrays | {name: value}))
+        assert not all(c.ok for c in result.comparisons), f"{stem} passes with {name} = {value}"
+
+
+@pytest.mark.parametrize("stem", ["simmatch_loss_b", "shrinkmatch_imagenet_b", "shrinkmatch_cifar_b", "simmatchv2_loss_b"])
+def test_alignment_may_be_off_with_its_state_recorded_as_it_was(stem, tmp_path):
+    arrays = load(stem) | {"hp.DA": np.array(0)}
+    state = {name: np.zeros_like(array) for name, array in arrays.items() if "DA_queue_after" in name or "DA_ptr_after" in name}
+    state |= {name: arrays["da0"] for name in arrays if name.endswith("da_after")}
+    result = replay(save(tmp_path, stem, arrays | state))
+    assert {c.name for c in result.comparisons if c.ok} >= state.keys() and state
+    assert not any("neither read" in fault or "Error" in fault for fault in result.faults), result.line()
+
+
+def test_divergences_are_compared_at_the_documented_absolute_error(tmp_path):
+    arrays = load("acr_c10")
+    where = np.unravel_index(np.argmin(np.where(arrays["count_KL"] > 0, arrays["count_KL"], np.inf)), arrays["count_KL"].shape)
+    for error, passes in ((1.5e-6, True), (5e-6, False)):
+        changed = arrays["count_KL"].copy()
+        changed[where] += error
+        assert replay(save(tmp_path, "acr_c10", arrays | {"count_KL": changed})).ok is passes
+
+
 def test_an_unknown_kind_fails(tmp_path):
     result = replay(save(tmp_path, "mystery_c10", load("erm_c10_s101")))
     assert not result.ok and "no handler" in result.faults[0]

@@ -208,6 +208,7 @@ def test_one_row_of_each():
         ((1162, 40000), "exact", (40000 / 512) / (1162 / 64)),
         ((40, 49960), "loaders", (49960 / 512) / (40 / 64)),  # fewer rows than a batch: rounding down would divide by zero
         ((1162, 100), "loaders", (100 / 512) / (1162 / 64)),
+        ((100, 60000), "one", 1.0),
     ],
 )
 def test_the_ratio_of_the_lists(lists, how, want):

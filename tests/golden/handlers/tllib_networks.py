@@ -30,10 +30,10 @@ MEAN_TEACHER_STATE = 2e-5
 class MeanTeacherBackbone(nn.Module):
     """The recorded network below its head."""
 
-    def __init__(self, inputs: int, width: int):
+    def __init__(self, inputs: int, hidden: int, width: int):
         super().__init__()
-        self.fc1, self.bn1 = nn.Linear(inputs, width), nn.BatchNorm1d(width)
-        self.downsample = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width))
+        self.fc1, self.bn1 = nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden)
+        self.downsample = nn.Sequential(nn.Linear(hidden, width), nn.BatchNorm1d(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.downsample(torch.relu(self.bn1(self.fc1(x)))))
@@ -56,7 +56,7 @@ def mean_teacher(rec: Recorder) -> None:
         "separate_forwards": True,
     }
     method = build_method("mean_teacher", options, make_task(classes, labeled, unlabeled))
-    network = Network(MeanTeacherBackbone(dim, width), width, nn.Linear(width, classes)).train()
+    network = Network(MeanTeacherBackbone(dim, len(rec.raw("init.fc1.weight")), width), width, nn.Linear(width, classes)).train()
     names = {name: f"backbone.{name}" for name in ("fc1", "bn1", "downsample")} | {"head": "classifier"}
     schedule = ScheduleConfig(name="exp", gamma=rec.hp("lr_gamma"), decay=rec.hp("lr_decay"))
     train = Training(rec, network, names, ["fc1"], rec.hp("lr_base"), schedule)
