@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--steps", type=_positive, default=20, help="longest phase in updates (default: 20; a phase also ends after about 20 s)")
     bench.add_argument("--json", action="store_true", help="for machines: one JSON object")
 
-    add_selftrain_verbs(verb, verbs, takes_recipe)
+    add_selftrain_verbs(verb, takes_recipe, _write_page)
 
     methods = verb("methods", _methods, "list the methods, or explain one with its options", "fastssl methods fixmatch")
     methods.add_argument("name", metavar="NAME", nargs="?", help="a method")
@@ -219,6 +219,12 @@ def _report(args: argparse.Namespace) -> int:
     out = _writable(Path(args.out)) if args.out else None
     print(write_report([Path(run) for run in args.runs], out, title=args.title, views=[Path(picture) for picture in args.views]))
     return 0
+
+
+def _write_page(*args: Any, **options: Any) -> Path:
+    from fastssl.report import write_report
+
+    return write_report(*args, **options)
 
 
 def _views(args: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ class DataConfig:
     workers: int = key(0, "decoding threads per process; 0 = cores divided by processes, at most 8")
     engine: str = key("auto", "who reads .beton files: native, or the ffcv package's compiled pipeline; auto = native", ("auto", "native", "ffcv"))
     scaled_decode: float = key(
-        0.0, "above 0: training decodes the JPEGs of .beton files at 1/2, 1/4 or 1/8 while both sides stay at least this times the largest view (1 = usual)"
+        0.0, "above 0: training decodes JPEGs (.beton, shards) at 1/2, 1/4 or 1/8 while both sides stay at least this times the largest view (1 = usual)"
     )
     device_resident: str = key("auto", "arrays: keep the dataset on the device; auto = on CUDA if a quarter of its memory is enough", ("auto", "yes", "no"))
     stall_timeout_s: float = key(120.0, "seconds without data after which the feed gives up with an error")
@@ -125,6 +125,7 @@ class TrainConfig:
     precision: str = key("no", "mixed precision through Accelerate", ("no", "bf16", "fp16"))
     channels_last: bool = key(True, "channels-last memory for convolutions")
     capture: str = key("auto", "record the whole update as one CUDA graph", ("auto", "on", "off"))
+    compile: str = key("off", "student: its forward and backward go through torch.compile, which may round differently", ("off", "student"))
     threads: int = key(0, "CPU threads per process; 0 = cores divided by processes")
     deterministic: bool = key(True, "ask PyTorch for deterministic algorithms")
 

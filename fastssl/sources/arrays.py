@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastssl.errors import DataError
-from fastssl.sources.base import check_rows
+from fastssl.sources.base import check_map, check_rows
 from fastssl.sources.manifest import Manifest, load_labels, load_sizes, open_npy
 from fastssl.types import RawBatch
 
@@ -28,7 +31,7 @@ class ArraysSource:
         self.sizes_N2 = load_sizes(manifest, split)
         if "pixels" not in info.files:
             raise DataError(f"split {split!r} of {str(manifest.root)!r} names no pixel file; convert the dataset again")
-        pixels = open_npy(manifest.root / info.files["pixels"], np.uint8, (info.count, *self.canvas))
+        pixels: Any = open_npy(manifest.root / info.files["pixels"], np.uint8, (info.count, *self.canvas))
         if "extents" in info.files:
             extents = open_npy(manifest.root / info.files["extents"], np.int32, (info.count, 2), mmap=False)
             if extents.min() < 1 or (extents > np.asarray(self.canvas[:2])).any():
@@ -37,7 +40,7 @@ class ArraysSource:
             extents = np.tile(np.asarray(self.canvas[:2], dtype=np.int32), (info.count, 1))
         self.nbytes = pixels.nbytes
         self.device = torch.device("cpu" if device is None else device)
-        self._pixels: np.ndarray | None = pixels
+        self._pixels: Any = pixels  # np.memmap, whose own attributes NumPy's stubs do not know
         self.extents_N2 = extents
         self._resident: tuple[Tensor, Tensor] | None = None
         if device is not None:
@@ -55,6 +58,7 @@ class ArraysSource:
             return
         assert pixels is not None
         rows = check_rows(np.asarray(rows), self.num_rows, self.canvas, out)
+        check_map(pixels._mmap, Path(pixels.filename))
         height, width, _ = self.canvas
         target, extent = out.pixels_BHWC[: len(rows)].numpy(), out.extent_B2[: len(rows)].numpy()
         if target.flags.c_contiguous and target.shape[1:] == self.canvas:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,8 +57,9 @@ def open_source(
 
     ``kind`` "auto" takes the folder's own format; a folder of format dali is read by "shards" (no DALI needed; also what auto takes, so that pixels do not
     depend on what is installed) or "dali".  ``workers`` decoding threads.  ``device``: arrays keep the whole split there, so that ``fill`` is one
-    index_select; dali decodes there.  ``engine``: who reads .beton files, "auto" = native.  ``scaled_decode`` > 0 decodes the JPEGs of a .beton file reduced
-    where views of at most ``view_size`` pixels a side allow it (rule: fastssl/sources/jpeg.py).  Raises DataError for anything that cannot be opened as asked.
+    index_select; dali decodes there.  ``engine``: who reads .beton files, "auto" = native.  ``scaled_decode`` > 0 decodes the images of .beton files and shards
+    reduced where views of at most ``view_size`` pixels a side allow it (rule: fastssl/sources/jpeg.py); pixels that are stored raw stay as they are.
+    Raises DataError for anything that cannot be opened as asked.
     """
     from fastssl.sources.arrays import ArraysSource
     from fastssl.sources.manifest import load_manifest
@@ -81,6 +83,8 @@ def open_source(
     if manifest.format == "arrays":
         return ArraysSource(manifest, split, device=device)
     if kind == "dali":
+        if scaled_decode:
+            raise DataError(f"data.scaled_decode={scaled_decode:g}: DALI decodes whole images; read the same shards with data.source=shards, or set it to 0")
         from fastssl.sources.dali import DaliSource
 
         return DaliSource(manifest, split, workers=workers, device=device)
@@ -89,7 +93,7 @@ def open_source(
     if manifest.format == "dali":
         from fastssl.sources.shards import ShardsSource
 
-        return ShardsSource(manifest, split, workers=workers)
+        return ShardsSource(manifest, split, workers=workers, view_size=view_size, scaled_decode=scaled_decode)
     return beton_engine(engine)(manifest, split, workers=workers, view_size=view_size, scaled_decode=scaled_decode)
 
 
@@ -108,6 +112,12 @@ def beton_engine(engine: str) -> Any:
     from fastssl.sources.ffcv import FFCVSource
 
     return FFCVSource
+
+
+def check_map(mapped: mmap.mmap, file: Path) -> None:
+    """DataError for a mapped file that has become shorter since it was opened: reading beyond its end would kill the process without a word."""
+    if mapped.size() < len(mapped):
+        raise DataError(f"{str(file)!r} was cut short while in use: {mapped.size()} bytes are left of {len(mapped)}; copy or convert the dataset again")
 
 
 def check_rows(rows: np.ndarray, num_rows: int, canvas: tuple[int, int, int], out: RawBatch, *, device_type: str = "cpu") -> np.ndarray:

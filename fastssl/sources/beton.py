@@ -36,9 +36,10 @@ def record_dtype(type_ids: list[int]) -> np.dtype:
 
 @dataclass
 class BetonFile:
-    """An opened beton: ``data`` uint8 view of the whole file (memory map), per-row arrays of mode, height, width, address and size, labels or None."""
+    """An opened beton: ``mapped`` its memory map, ``data`` the map as uint8, per-row arrays of mode, height, width, address and size, labels or None."""
 
     path: Path
+    mapped: mmap.mmap
     data: np.ndarray
     page_size: int
     field_names: tuple[str, ...]
@@ -98,6 +99,7 @@ def open_beton(path: str | Path) -> BetonFile:
     label = next((i for i in ints if names[i] == "label"), ints[0] if ints else None)
     beton = BetonFile(
         path=path,
+        mapped=mapped,
         data=data,
         page_size=int(header["page_size"]),
         field_names=names,
@@ -121,7 +123,7 @@ def _locate(beton: BetonFile, allocations: np.ndarray, end: int, where: str) -> 
         row = int(np.flatnonzero(starts[place] != beton.ptr_N)[0]) if len(starts) else 0
         raise DataError(f"{where}: row {row} points to data that the allocation table does not list (truncated or damaged file); write it again")
     beton.size_N[:] = sizes[place]
-    wrong = (beton.ptr_N < 0) | (beton.size_N < 0) | (beton.ptr_N + beton.size_N > end) | (beton.height_N < 1) | (beton.width_N < 1) | (beton.mode_N > MODE_RAW)
+    wrong = (beton.ptr_N < 0) | (beton.size_N < 0) | (beton.size_N > end - beton.ptr_N) | (beton.height_N < 1) | (beton.width_N < 1) | (beton.mode_N > MODE_RAW)
     raw_bytes = beton.height_N.astype(np.int64) * beton.width_N * 3
     wrong |= (beton.mode_N == MODE_RAW) & (raw_bytes != beton.size_N)
     if wrong.any():

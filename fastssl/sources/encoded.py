@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import struct
 import threading
 import warnings
-import zlib
 
 import numpy as np
 from PIL import Image
@@ -37,17 +35,23 @@ class BadRows:
             )
 
 
-def decode_into(data: bytes, slot: np.ndarray, height: int, width: int) -> None:
-    """Decode ``data`` into ``slot[:height, :width]`` (uint8 [H, W, C], C = 1 or 3).  Raises ValueError for damage and for an image of another size."""
+def decode_into(data: bytes, slot: np.ndarray, size: tuple[int, int], factor: int = 1) -> None:
+    """Decode ``data``, an image of ``size`` (height, width), into the top-left corner of ``slot`` (uint8 [H, W, C], C = 1 or 3), reduced by ``factor``.
+
+    A JPEG is reduced by libjpeg while it decodes (1, 2, 4 or 8); any other image is decoded whole and its factor x factor blocks are averaged.
+    Raises ValueError for damage of any kind and for an image of another size; ``slot`` is then undefined inside the reduced extent.
+    """
+    height, width = (-(-side // factor) for side in size)
     if data[:2] == b"\xff\xd8":
-        jpeg.decode_into(np.frombuffer(data, np.uint8), slot, (height, width), (height, width), _buffer(height * width * 3))
+        jpeg.decode_into(np.frombuffer(data, np.uint8), slot, size, (height, width), _buffer(height * width * 3))
         return
     try:
         with Image.open(io.BytesIO(data)) as image:
-            if image.size != (width, height):
-                raise ValueError(f"its size {image.height}x{image.width} differs from the recorded {height}x{width}")
-            pixels = np.asarray(image.convert("RGB" if slot.shape[2] == 3 else "L"))
-    except (OSError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+            if image.size != size[::-1]:
+                raise ValueError(f"its size {image.height}x{image.width} differs from the recorded {size[0]}x{size[1]}")
+            whole = image.convert("RGB" if slot.shape[2] == 3 else "L")
+            pixels = np.asarray(whole.reduce(factor) if factor > 1 else whole)
+    except Exception as error:  # each of Pillow's decoders has its own idea of what to raise for damage
         raise ValueError(str(error)) from error
     slot[:height, :width] = pixels.reshape(height, width, -1)
 

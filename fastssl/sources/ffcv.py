@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastssl.errors import DataError
-from fastssl.sources.base import check_rows
+from fastssl.sources.base import check_map, check_rows
 from fastssl.sources.beton import MODE_JPG, MODE_RAW, BetonFile, open_beton
 from fastssl.sources.jpeg import decode_into, reduced_sizes, reductions
 from fastssl.sources.manifest import Manifest, load_labels, load_sizes
@@ -99,6 +99,7 @@ class FFCVSource:
         if beton is None:
             raise DataError("this source is closed; open it again before reading rows")
         rows = check_rows(rows, self.num_rows, self.canvas, out)
+        check_map(beton.mapped, beton.path)
         pixels, extents = out.pixels_BHWC.numpy()[: len(rows)], out.extent_B2.numpy()[: len(rows)]
         np.take(self.extents_N2, rows, axis=0, out=extents, mode="clip")
         if len(rows):

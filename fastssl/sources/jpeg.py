@@ -50,7 +50,7 @@ def reduced_sizes(sizes_N2: np.ndarray, factor_N: np.ndarray) -> np.ndarray:
 
 
 def decode_into(data: np.ndarray, slot: np.ndarray, size: tuple[int, int], extent: tuple[int, int], scratch: np.ndarray) -> None:
-    """Decode ``data`` (uint8 bytes of one JPEG) into the top-left ``extent`` (height, width) of ``slot`` (uint8 [H, W, 3 or 1]).
+    """Decode ``data`` (uint8 bytes of one JPEG) into the top-left ``extent`` (height, width) of ``slot`` (uint8 [H, W, 3 or 1]; 1 = the JPEG's luma).
 
     ``size`` is the size that the JPEG must have; an ``extent`` smaller than it is reached by reducing (1/2, 1/4, 1/8).  ``scratch``: uint8 of at least
     3 * height * width of the extent, used when the canvas is wider than the image; keep it per thread, it stays in the processor's cache.
@@ -60,13 +60,13 @@ def decode_into(data: np.ndarray, slot: np.ndarray, size: tuple[int, int], exten
     height, width = extent
     if simplejpeg.decode_jpeg_header(data)[:2] != size:
         raise ValueError("its JPEG's size differs from the recorded one")
-    direct = slot.shape[1] == width and slot.shape[2] == 3 and slot.flags.c_contiguous
-    buffer = slot[:height] if direct else scratch[: height * width * 3]
+    direct, color = slot.shape[1] == width and slot.flags.c_contiguous, "RGB" if slot.shape[2] == 3 else "GRAY"
+    buffer = slot[:height] if direct else scratch[: height * width * slot.shape[2]]
     if extent == size:
-        image = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
+        image = simplejpeg.decode_jpeg(data, color, buffer=buffer)
     else:
-        image = simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width, buffer=buffer)
+        image = simplejpeg.decode_jpeg(data, color, min_height=height, min_width=width, buffer=buffer)
     if image.shape[:2] != extent:
         raise ValueError(f"libjpeg reduced it to {image.shape[:2]} instead of {extent}")
     if not direct:
-        slot[:height, :width] = image if slot.shape[2] == 3 else image[..., : slot.shape[2]]
+        slot[:height, :width] = image

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ def open_npy(file: Path, dtype: Any, shape: tuple[int, ...], *, mmap: bool = Tru
         raise DataError(f"{str(file)!r} is missing from its dataset folder; convert the dataset again")
     try:
         array = np.load(file, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, TokenError) as error:  # numpy parses the header as Python
         raise DataError(f"{str(file)!r} is truncated or damaged ({error}); convert the dataset again") from error
     if array.dtype != np.dtype(dtype) or array.shape != shape:
         raise DataError(f"{str(file)!r} holds {array.dtype}{list(array.shape)}, {MANIFEST_NAME} says {np.dtype(dtype)}{list(shape)}; convert the dataset again")

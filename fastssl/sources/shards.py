@@ -18,6 +18,7 @@ import numpy as np
 from fastssl.errors import DataError
 from fastssl.sources.base import check_rows
 from fastssl.sources.encoded import BAD_PIXEL, BadRows, decode_into
+from fastssl.sources.jpeg import reduced_sizes, reductions
 from fastssl.sources.manifest import Manifest, load_labels, load_sizes, open_npy
 from fastssl.types import RawBatch
 
@@ -30,9 +31,12 @@ class ShardsSource:
 
     A row whose bytes do not have the recorded checksum, cannot be decoded, or decode to another size is delivered as mid-grey 127 of the recorded size.  Such
     rows are counted in ``bad_rows`` (distinct rows; ``bad_row_ids`` lists them) and warned about once.
+
+    ``scaled_decode`` > 0 decodes images reduced where ``view_size`` allows it (rule: fastssl/sources/jpeg.py); extents and ``canvas`` are then those of the
+    reduced images.  What is no JPEG is decoded whole and averaged to the same size.
     """
 
-    def __init__(self, manifest: Manifest, split: str = "train", *, workers: int = 1):
+    def __init__(self, manifest: Manifest, split: str = "train", *, workers: int = 1, view_size: int = 0, scaled_decode: float = 0.0):
         info = manifest.split(split)
         if "samples" not in info.files or not info.lists.get("shards"):
             raise DataError(f"split {split!r} of {str(manifest.root)!r} names no shards and samples; convert the dataset again")
@@ -45,7 +49,13 @@ class ShardsSource:
         index = manifest.root / info.files["samples"]
         self._samples = open_npy(index, SAMPLE, (info.count,), mmap=False)
         _check_samples(self._samples, paths, self.canvas, index)
-        self.extents_N2 = np.stack([self._samples["height"], self._samples["width"]], axis=1).astype(np.int32)
+        self._stored_N2 = np.stack([self._samples["height"], self._samples["width"]], axis=1).astype(np.int32)
+        self._factor_N = reductions(self._stored_N2, view_size, scaled_decode)
+        self.extents_N2 = self._stored_N2
+        if (self._factor_N > 1).any():
+            self.extents_N2 = reduced_sizes(self._stored_N2, self._factor_N)
+            self.canvas = (int(self.extents_N2[:, 0].max()), int(self.extents_N2[:, 1].max()), manifest.channels)
+            self.sizes_N2 = self._stored_N2 if self.sizes_N2 is None else self.sizes_N2
         self._files = _Files(paths)
         self._bad = BadRows(str(index))
         self._pool = ThreadPoolExecutor(workers - 1, thread_name_prefix="fastssl-decode") if workers > 1 else None
@@ -90,7 +100,7 @@ class ShardsSource:
         height, width = self.extents_N2[row].tolist()
         try:
             self._check_bytes(row, data)
-            decode_into(data, slot, height, width)
+            decode_into(data, slot, tuple(self._stored_N2[row].tolist()), int(self._factor_N[row]))
         except ValueError as error:
             slot[:height, :width] = BAD_PIXEL
             self._bad.add(row, str(error))
@@ -125,15 +135,15 @@ def _check_samples(samples: np.ndarray, paths: list[Path], canvas: tuple[int, in
     high, wide = samples["height"], samples["width"]
     if min(samples["offset"].min(), samples["size"].min()) < 0 or min(high.min(), wide.min()) < 1 or high.max() > canvas[0] or wide.max() > canvas[1]:
         raise DataError(f"{where} has offsets or sizes out of range (images up to {canvas[0]}x{canvas[1]}); convert the dataset again")
-    ends = np.zeros(len(paths), np.int64)
-    np.maximum.at(ends, samples["shard"], samples["offset"] + samples["size"])
+    ends = np.zeros(len(paths), np.float64)  # sums of two int64 may not fit one; sizes of files are exact up to 8 PiB
+    np.maximum.at(ends, samples["shard"], samples["offset"].astype(np.float64) + samples["size"])
     for path, end in zip(paths, ends.tolist(), strict=True):
         try:
             size = path.stat().st_size
         except OSError as error:
             raise DataError(f"shard {str(path)!r} cannot be read ({error.strerror}); copy or convert the dataset again") from error
         if size < end:
-            raise DataError(f"shard {str(path)!r} is truncated ({size} bytes, its samples need {end}); copy or convert the dataset again")
+            raise DataError(f"shard {str(path)!r} is truncated ({size} bytes, its samples need {end:.0f}); copy or convert the dataset again")
 
 
 class _Descriptor:
