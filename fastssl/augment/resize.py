@@ -121,15 +121,18 @@ def boxes_fast(pixels_BCHW: Tensor, boxes: Boxes, rows_BH: Tensor | None, cols_B
     """The same by torch's own kernel, one image after the other; None = all positions (of targets that are equal).
 
     That kernel makes the whole target.  A strip whose target is far larger than what is kept of it (1 x 4000 pixels to a shorter side of 256: 786 MB) goes
-    through :func:`boxes_at`.
+    through :func:`boxes_at`, and so do targets one pixel wide or high, which the kernel gets wrong (torch 2.14).
     """
     images = []
     for i, (top, left, h, w, to_h, to_w) in enumerate(
         zip(*(field.tolist() for field in (boxes.top, boxes.left, boxes.height, boxes.width, boxes.to_height, boxes.to_width)), strict=True)
     ):
-        if rows_BH is not None and cols_BW is not None and to_h * to_w > WASTE * rows_BH.shape[1] * cols_BW.shape[1]:
+        kept = (to_h if rows_BH is None else rows_BH.shape[1]) * (to_w if cols_BW is None else cols_BW.shape[1])
+        if min(to_h, to_w) == 1 or to_h * to_w > WASTE * kept:
             one = slice(i, i + 1)
-            images.append(boxes_at(pixels_BCHW[one], boxes.rows(one), rows_BH[one], cols_BW[one])[0])
+            rows = torch.arange(to_h).unsqueeze(0) if rows_BH is None else rows_BH[one]
+            cols = torch.arange(to_w).unsqueeze(0) if cols_BW is None else cols_BW[one]
+            images.append(boxes_at(pixels_BCHW[one], boxes.rows(one), rows, cols)[0])
             continue
         cut = pixels_BCHW[i : i + 1, :, top : top + h, left : left + w]
         if (h, w) != (to_h, to_w):

@@ -54,6 +54,8 @@ def on_canvas(rng, images):
     st.integers(0, 99),
 )  # fmt: skip
 @example([(1, 1), (1, 70), (70, 1)], 7, 5, 3, "bicubic", "n", 0)
+@example([(7, 1), (2, 2), (9, 5)], 5, 1, 3, "bilinear", "n", 0)
+@example([(7, 1), (32, 32)], 1, 1, 3, "bicubic", "n", 0)
 @example([(61, 23), (60, 23), (61, 23)], 60, 23, 1, "bicubic", "c", 0)
 @example([(300, 3), (2, 290)], 70, 150, 3, "bicubic", "n", 1)
 @example([(131, 300)], 130, 129, 1, "bilinear", "c", 1)
@@ -70,6 +72,20 @@ def test_equals_pillow_at_any_size(extents, height, width, channels, mode, kind,
         assert np.array_equal(got[row].permute(1, 2, 0).numpy(), expected), image.shape
         assert np.abs(near[row].permute(1, 2, 0).numpy().astype(int) - expected).max() <= (1 if mode == "bilinear" else 2), image.shape
     assert torch.equal(pixels, before)
+
+
+@pytest.mark.parametrize("height, width", [(1, 4000), (3000, 2)])
+def test_a_strip_costs_what_is_kept_of_it(monkeypatch, height, width):
+    """As a whole, the strip with a shorter side of 256 would be hundreds of megabytes; the middle of it is 150 kB."""
+    made = []
+    whole_resize = torch.nn.functional.interpolate
+    monkeypatch.setattr(torch.nn.functional, "interpolate", lambda x, **how: made.append(how["size"]) or whole_resize(x, **how))
+    policy = build_policy("imagenet_eval", size=224, channels=3, mean=[0.5] * 3, std=[0.25] * 3)
+    pixels, extent = torch.randint(0, 256, (2, max(height, 300), max(width, 400), 3), dtype=torch.uint8), torch.tensor([[height, width], [300, 400]])
+    plan = draw(policy, seed=0, stream=2, view=0, draw_B=torch.arange(2), extent_B2=extent)
+    fast, exact = (render_uint8(policy, plan, pixels, extent, mode=mode) for mode in ("fast", "grouped"))
+    assert torch.equal(fast[0], exact[0]) and (fast[1].int() - exact[1].int()).abs().max() <= 1
+    assert made == [(256, 341)], "the usual image goes through torch's kernel"
 
 
 @pytest.mark.parametrize("mode", FILTERS)

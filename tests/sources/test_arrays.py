@@ -61,6 +61,20 @@ def test_extents_outside_the_canvas_are_refused(root, tmp_path):
         open_source(tmp_path / "photo")
 
 
+def test_a_file_cut_short_while_in_use_is_an_error_and_does_not_kill_the_process(root, tmp_path):
+    """Reading a map beyond the end of its file is a bus error, which no handler turns into a message."""
+    for name, file in (("arrays", "train.pixels.npy"), ("beton", "train.beton")):
+        dataset = convert(root / "photos", tmp_path / name, format="arrays" if name == "arrays" else "ffcv")
+        source = open_source(dataset)
+        out = RawBatch.allocate(source.num_rows, *source.canvas)
+        source.fill(np.arange(source.num_rows), out)
+        with open(dataset / file, "r+b") as handle:
+            handle.truncate(4096)
+        with pytest.raises(DataError, match=f"{file}.*cut short while in use: 4096 bytes are left of"):
+            source.fill(np.arange(source.num_rows), out)
+        source.close()
+
+
 def test_a_resident_copy_is_made_in_pieces(root, monkeypatch):
     whole = open_source(root / "photo", device="cpu")._resident[0]
     monkeypatch.setattr("fastssl.sources.arrays._SLAB", 1)

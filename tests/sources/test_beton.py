@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from data_tools.beton_writer import page_size
 from fastssl.errors import DataError
 from fastssl.sources import open_source
-from fastssl.sources.beton import ALLOCATION, FIELD, HEADER, MODE_RAW, open_beton, record_dtype
+from fastssl.sources.beton import ALLOCATION, FIELD, HEADER, MODE_JPG, MODE_RAW, open_beton, record_dtype
 from fastssl.types import RawBatch
 from tests.data_tools.collections import write_beton
 from tests.sources.engines import ENGINES
@@ -156,6 +156,18 @@ def test_damaged_record_is_located(whole, field, value, match):
     damaged.write_bytes(data)
     with pytest.raises(DataError, match=match):
         open_beton(damaged)
+
+
+@pytest.mark.parametrize("size", [2**63 - 1, 2**63, 2**64 - 1])
+def test_a_size_that_does_not_fit_the_numbers_is_damage(tmp_path, size):
+    """Of a JPEG, whose size nothing else says; added to its address it would wrap around."""
+    data = bytearray(handmade(tmp_path / "a.beton", IMAGES, [0] * 5).read_bytes())
+    np.frombuffer(data, record_dtype([2, 1]), count=5, offset=HEADER.itemsize + 2 * FIELD.itemsize)["f0"]["mode"][:] = MODE_JPG
+    allocations = np.frombuffer(data, ALLOCATION, offset=int(np.frombuffer(data, HEADER, count=1)[0]["alloc_table_ptr"]))
+    allocations["size"][allocations["sample_id"] == 2] = size
+    (tmp_path / "damaged.beton").write_bytes(data)
+    with pytest.raises(DataError, match="record of row 2 is damaged"):
+        open_beton(tmp_path / "damaged.beton")
 
 
 def test_writer_starts_a_new_page_when_an_image_does_not_fit(tmp_path):

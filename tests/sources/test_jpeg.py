@@ -6,14 +6,18 @@ from math import ceil
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from data_tools.convert import convert
+from fastssl.augment import build_policy, draw, render
 from fastssl.errors import DataError
 from fastssl.sources import load_manifest, open_source
+from fastssl.sources.feed import Feed, Stream
 from fastssl.sources.jpeg import decode_into, reduced_sizes, reductions
+from fastssl.sources.order import Order
 from fastssl.types import RawBatch
 from tests.data_tools.collections import idx_folder, photo_folders, smooth
 from tests.sources.engines import ENGINES
@@ -38,18 +42,18 @@ def test_off_means_off():
 @pytest.mark.parametrize("channels", [3, 1])
 def test_decode_into_a_corner(size, factor, spare, channels):
     jpeg = np.frombuffer(simplejpeg.encode_jpeg(smooth(*size, 3), 95, "RGB", "420"), np.uint8)
-    whole = simplejpeg.decode_jpeg(jpeg, "RGB").astype(float)
+    whole = simplejpeg.decode_jpeg(jpeg, "RGB" if channels == 3 else "GRAY").astype(float)
     height, width = reduced_sizes(np.asarray([size]), np.asarray([factor]))[0].tolist()
     slot = np.full((height + spare[0], width + spare[1], channels), 9, np.uint8)
     decode_into(jpeg, slot, size, (height, width), np.empty(height * width * 3, np.uint8))
     assert (slot[height:] == 9).all() and (slot[:, width:] == 9).all()
     got = slot[:height, :width].astype(float)
     if factor == 1:
-        assert np.array_equal(got, whole[..., :channels])
+        assert np.array_equal(got, whole)
         return
     inner = whole[: size[0] // factor * factor, : size[1] // factor * factor]  # reducing is close to averaging blocks
-    means = inner.reshape(size[0] // factor, factor, size[1] // factor, factor, 3).mean((1, 3))
-    assert np.abs(got[: means.shape[0], : means.shape[1]] - means[..., :channels]).mean() < 6
+    means = inner.reshape(size[0] // factor, factor, size[1] // factor, factor, channels).mean((1, 3))
+    assert np.abs(got[: means.shape[0], : means.shape[1]] - means).mean() < 6
 
 
 def test_damage_and_other_sizes_are_value_errors():
@@ -111,6 +115,63 @@ def test_without_reduction_sizes_are_the_extents(mixed, engine):
         source = open_source(file, engine=engine, **options)
         assert source.sizes_N2 is None and source.extents_N2.tolist() == [list(s) for s in sizes] and source.canvas == (300, 280, 3)
         source.close()
+
+
+def test_shards_reduce_what_they_decode_and_dali_refuses(mixed, tmp_path):
+    """The same files by the same rule; a PNG, which no decoder reduces, becomes the mean of its blocks."""
+    file, sizes, jpegs = mixed
+    dataset = convert(file.parent.parent / "raw", tmp_path / "data", format="dali")
+    beton = open_source(file, view_size=32, scaled_decode=1.0)
+    source = open_source(dataset, workers=2, view_size=32, scaled_decode=1.0)
+    factors = [2, 2, 1, 8, 2, 1]
+    assert source.sizes_N2.tolist() == [list(s) for s in sizes] and source.canvas == beton.canvas
+    assert source.extents_N2.tolist() == [[ceil(h / f), ceil(w / f)] for (h, w), f in zip(sizes, factors, strict=True)]
+    ours, theirs = RawBatch.allocate(6, *source.canvas), RawBatch.allocate(6, *source.canvas)
+    source.fill(np.arange(6), ours)
+    beton.fill(np.arange(6), theirs)
+    for row in range(6):
+        height, width = source.extents_N2[row].tolist()
+        got = ours.pixels_BHWC[row, :height, :width].numpy()
+        if row == 4:
+            truth = smooth(64, 64, 4).astype(float).reshape(32, 2, 32, 2, 3).mean((1, 3))
+            assert np.abs(got - truth).max() <= 0.5
+        else:
+            assert np.array_equal(got, theirs.pixels_BHWC[row, :height, :width].numpy())
+    assert source.bad_rows == 0
+    source.close(), beton.close()
+    with pytest.raises(DataError, match="scaled_decode=1: DALI decodes whole.*data.source=shards"):
+        open_source(dataset, kind="dali", view_size=32, scaled_decode=1.0)
+
+
+@pytest.mark.parametrize("kind", ["ffcv", "shards"])
+def test_a_crop_drawn_on_the_image_shows_its_place_on_the_reduced_canvas(tmp_path, kind):
+    """The same plan numbers, whole and reduced decode: the views show the same part of a picture in which every place has its own colour."""
+    height, width = 200, 264
+    down, across = np.mgrid[0:height, 0:width]
+    image = np.stack([down * 255 // height, across * 255 // width, (down + across) * 255 // (height + width)], -1).astype(np.uint8)
+    for split in ("train", "test"):
+        (tmp_path / "raw" / split / "one").mkdir(parents=True)
+        (tmp_path / "raw" / split / "one" / "a.jpg").write_bytes(simplejpeg.encode_jpeg(image, 98, "RGB", "444"))
+    dataset = convert(tmp_path / "raw", tmp_path / "data", format="ffcv" if kind == "ffcv" else "dali")
+    policy = build_policy("imagenet_weak", size=48, channels=3, mean=[0.0] * 3, std=[1.0] * 3)
+    rows, views, boxes = 64, [], []
+    for share in (0.0, 1.0):
+        source = open_source(dataset, view_size=48, scaled_decode=share)
+        stream = Stream("labeled", source, np.zeros(rows, np.int64), *[np.zeros(rows, np.int64)] * 2, np.ones(rows, bool), Order("sequential", rows), rows)
+        with Feed([stream], stop_step=1, ahead=1) as feed:
+            raw = feed.next()["labeled"]
+            assert raw.size_B2.tolist() == [[height, width]] * rows
+            assert raw.extent_B2.tolist() == [[50, 66] if share else [height, width]] * rows
+            plan = draw(policy, seed=3, stream=0, view=0, draw_B=raw.draw_B, extent_B2=raw.extent_B2, size_B2=raw.size_B2)
+            views.append(render(policy, plan, raw.pixels_BHWC, raw.extent_B2, torch.empty(rows, 3, 48, 48), backend="reference").clone() * 255)
+            boxes.append(plan.laws[0]["box"])
+        source.close()
+    whole, reduced = boxes
+    edges = torch.cat([whole[:, :2], whole[:, :2] + whole[:, 2:]], 1)
+    assert torch.equal(torch.cat([reduced[:, :2], reduced[:, :2] + reduced[:, 2:]], 1), (edges + 2).div(4, rounding_mode="floor"))  # 1/4, a half goes up
+    # One pixel of the image is up to 255 / 200 levels.  An edge moves by 2 pixels; outside the centre of a border pixel of the canvas, 1.5 pixels in, nothing
+    # is known; quantisation by the encoder and the rounding of two resamplings are a level each.
+    assert (views[0] - views[1]).abs().max() < 3.5 * 255 / height + 3 and (views[0] - views[0][:1]).abs().max() > 60
 
 
 def test_negative_wish_is_refused(mixed):

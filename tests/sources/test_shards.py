@@ -1,6 +1,7 @@
 """What only the shards source does: its index, damaged and missing files, many files at once, plain image files."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -10,14 +11,16 @@ import warnings
 import numpy as np
 import psutil
 import pytest
+from PIL import Image, features
 
 from data_tools.convert import convert
 from fastssl.errors import DataError
 from fastssl.sources import open_source
 from fastssl.sources import shards as shards_module
+from fastssl.sources.encoded import decode_into
 from fastssl.sources.shards import SAMPLE
 from fastssl.types import RawBatch
-from tests.data_tools.collections import photo_folders
+from tests.data_tools.collections import photo_folders, smooth
 from tests.sources.worlds import HAS_DALI, photo_keys, photos
 
 READERS = ["shards", "dali"] if HAS_DALI else ["shards"]
@@ -139,7 +142,14 @@ def test_unfit_files_are_refused_when_opened(data):
         open_source(data)
     (data / "train-000000.tar").write_bytes(whole)
     good = samples_of(data)
-    for column, value, match in (("shard", 1, "names shard 1"), ("offset", -1, "out of range"), ("height", 0, "out of range"), ("width", 9999, "out of range")):
+    for column, value, match in (
+        ("shard", 1, "names shard 1"),
+        ("offset", -1, "out of range"),
+        ("height", 0, "out of range"),
+        ("width", 9999, "out of range"),
+        ("offset", 2**63 - 1, "truncated"),  # their sum with the other column does not fit 64 bits
+        ("size", 2**63 - 1, "truncated"),
+    ):
         bad = good.copy()
         bad[column][3] = value
         np.save(data / "train.samples.npy", bad)
@@ -151,6 +161,27 @@ def test_unfit_files_are_refused_when_opened(data):
     (data / "train.samples.npy").unlink()
     with pytest.raises(DataError, match="missing"):
         open_source(data)
+
+
+@pytest.mark.parametrize("save", [{"format": "AVIF"}, {"format": "GIF"}, {"format": "PNG"}, {"format": "TIFF", "compression": "tiff_lzw"}, {"format": "WEBP"}])
+def test_whatever_a_decoder_raises_for_damage_is_one_kind_of_error(save):
+    """Files of an index without checksums may be of any kind that Pillow opens; its decoders raise what they like."""
+    if save["format"] in ("AVIF", "WEBP") and not features.check(save["format"].lower()):
+        pytest.skip(f"this Pillow knows no {save['format']}")
+    buffer, random = io.BytesIO(), np.random.RandomState(0)
+    Image.fromarray(smooth(24, 31, 5)).save(buffer, **save)
+    whole, slot, refused = buffer.getvalue(), np.zeros((24, 31, 3), np.uint8), 0
+    for trial in range(120):
+        damaged = bytearray(whole[: random.randint(1, len(whole))] if trial % 3 == 0 else whole)
+        place = random.randint(0, len(damaged))
+        damaged[place : place + 20] = bytes(len(damaged[place : place + 20])) if trial % 3 == 1 else random.bytes(len(damaged[place : place + 20]))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                decode_into(bytes(damaged), slot, (24, 31))
+        except ValueError:
+            refused += 1
+    assert refused > 10
 
 
 def test_storage_that_fails_is_one_clear_error_at_once(data, monkeypatch):
