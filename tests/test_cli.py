@@ -233,7 +233,7 @@ def test_a_missing_recipe_is_all_that_is_asked_for(capsys):
 
 def test_out_makes_one_folder_at_most(stub, capsys):
     stub("fastssl.report", write_report=lambda runs, out, **extras: out)
-    stub("fastssl.engine.sheet", write_views=lambda recipe, out, rows=8: out)
+    stub("fastssl.engine.sheet", write_views=lambda recipe, out, rows=8, **sizes: out)
     for words, suffix in ((["report", "a"], "html"), (["views", "r.yaml"], "png")):
         assert cli.main([*words, "--out", f"none/deep/x.{suffix}"]) == 2
         err = capsys.readouterr().err
@@ -246,13 +246,13 @@ def test_out_makes_one_folder_at_most(stub, capsys):
 def test_report_and_views_call_their_doors(stub, capsys):
     seen = []
     stub("fastssl.report", write_report=lambda runs, out, **extras: seen.append((runs, out, extras)) or out)
-    stub("fastssl.engine.sheet", write_views=lambda recipe, out, rows=8: seen.append((recipe.optim.lr, out, rows)) or out)
+    stub("fastssl.engine.sheet", write_views=lambda recipe, out, rows=8, **sizes: seen.append((recipe.optim.lr, out, rows, sizes)) or out)
     assert cli.main(["report", "a", "b"]) == cli.main(["report", "a", "--out", "x.html", "--title", "t", "--views", "p.png"]) == 0
     assert cli.main(["views", "r.yaml", "--rows", "3", "optim.lr=0.25", "--out", "v.png"]) == 0
     assert seen == [
         ([Path("a"), Path("b")], None, {"title": None, "views": []}),
         ([Path("a")], Path("x.html"), {"title": "t", "views": [Path("p.png")]}),
-        (0.25, Path("v.png"), 3),
+        (0.25, Path("v.png"), 3, {"draws": 3, "tile": 128}),
     ]
     assert capsys.readouterr().out.splitlines()[-1] == "v.png"
 
@@ -266,7 +266,7 @@ def test_the_doors_take_what_the_verbs_hand_over():
     """The stubs above stand for the real functions: their signatures must accept the same calls."""
     inspect.signature(train).bind("recipe", resume=None, run_dir=None)
     inspect.signature(evaluate_run).bind("run", "best", None)
-    inspect.signature(write_views).bind("recipe", "v.png", 8)
+    inspect.signature(write_views).bind("recipe", "v.png", 8, draws=3, tile=128)
     inspect.signature(write_report).bind(["run"], None, title="t", views=[Path("p.png")])
 
 
