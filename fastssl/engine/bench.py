@@ -20,6 +20,8 @@ from fastssl.augment import check_backend
 from fastssl.engine.advice import Facts, advise
 from fastssl.engine.assemble import build_streams, build_task, build_view_policies, open_data, workers_of
 from fastssl.engine.build import build_updater
+from fastssl.engine.capture import WARM as RECORDED_AFTER
+from fastssl.engine.capture import capture_of, update_of
 from fastssl.engine.launch import check_batches, cores_per_process, launch
 from fastssl.engine.runfolder import device_name
 from fastssl.methods import get as get_method
@@ -85,6 +87,7 @@ class _Bench:
         self.policies = build_view_policies(recipe, self.views, self.data.manifest, self.data.channels)
         task = build_task(recipe, self.data)
         self.updater = build_updater(recipe, self.accelerator, self.data, task, self.streams, self.views, self.policies)
+        self.update = update_of(self.updater, capture_of(recipe, self.accelerator))
         self.images = sum(stream.global_batch for stream in self.streams)
         self.phases: dict[str, dict[str, float]] = {}
 
@@ -99,7 +102,10 @@ class _Bench:
                 raw = self._keep(feed.next())
                 about_feed = {"bytes_per_step": feed.bytes_per_step, "slot_bytes": feed.nbytes, "feed": feed.describe()}
             self._phase("render", self._moving(raw, lambda: self.updater.renderer(raw)))
-            self._phase("step", self._moving(raw, self._step(lambda: raw)))
+            step = self._moving(raw, self._step(lambda: raw))
+            for _ in range(RECORDED_AFTER if self.update is not self.updater else 0):
+                step()
+            self._phase("step", step)
             with self._feed() as feed:
                 waited = [0.0]  # in all, after each update
 
@@ -186,7 +192,7 @@ class _Bench:
 
     def _step(self, batch: Callable[[], dict[str, RawBatch]]) -> Callable[[], object]:
         turn = iter(range(1 << 30))
-        return lambda: self.updater(batch(), next(turn) % self.recipe.train.steps)
+        return lambda: self.update(batch(), next(turn) % self.recipe.train.steps)
 
     # --- the clock ----------------------------------------------------------------------------------------------------------------
 

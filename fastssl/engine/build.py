@@ -44,7 +44,7 @@ def build_updater(
     learning_rate = LearningRate(recipe.schedule, recipe.optim.lr, recipe.train.steps, recipe.train.steps_per_epoch)
     # Before prepare: what the recipe freezes must be frozen when DDP looks for parameters to reduce.
     optimizer = build_optimizer(network, recipe.optim, torch.tensor(learning_rate(0), device=device))
-    train_module = TrainModule(network, method).train()
+    train_module = TrainModule(network, method, recipe.train.compile == "student").train()
     rows = {stream.name: stream.global_batch // world for stream in streams}
     a = recipe.augment
     updater = Updater(

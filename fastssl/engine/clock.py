@@ -31,6 +31,7 @@ class LearningRate:
       multistep     lr gamma^(number of milestones <= e)             milestones are epochs of the whole run
     Warm-up is linear. In updates: lr k / W while k < W, so the first update has rate 0 (a milestone or epoch law then goes on from k, the others from x).
     In epochs: lr (k + 1) / (W steps_per_epoch) while e < W, so the first update has a small rate and the last one of warm-up the full rate.
+    ``warmup_from`` = f above 0 makes the share s of either line f + (1 - f) s.
 
     Raises :class:`RecipeError` for a law or a warm-up that does not exist.
     """
@@ -50,9 +51,9 @@ class LearningRate:
         """The rate of update ``step`` (0-based; ``total_steps`` itself is allowed and gives the end point of the law)."""
         c, epoch = self.config, step // self.steps_per_epoch
         if step < c.warmup_steps:
-            return self.base_lr * (step / c.warmup_steps)
+            return self.base_lr * (c.warmup_from + (1 - c.warmup_from) * (step / c.warmup_steps))
         if epoch < c.warmup_epochs:
-            return self.base_lr * ((step + 1) / (c.warmup_epochs * self.steps_per_epoch))
+            return self.base_lr * (c.warmup_from + (1 - c.warmup_from) * ((step + 1) / (c.warmup_epochs * self.steps_per_epoch)))
         return self.base_lr * _LAWS[c.name](self, epoch if c.name in _EPOCH_LAWS else step - c.warmup_steps)
 
     def _progress(self, x: int) -> float:

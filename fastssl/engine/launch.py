@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import AutocastKwargs
 
 from fastssl.engine.stop import stop_with_parent
 from fastssl.errors import RecipeError
@@ -40,9 +41,11 @@ def launch(recipe: Recipe) -> Accelerator:
         AcceleratorState._reset_state()  # an earlier run in this very process had another precision; the process group stays
     # Method state is replicated by construction, and DDP's buffer broadcast would overwrite it with rank 0's.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=False)
+    # A recorded update must not meet weights that were cast before it. Off everywhere, so that eager and recorded updates are equal.
+    autocast = AutocastKwargs(cache_enabled=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # threads are set two lines below
-        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+        accelerator = Accelerator(cpu=cpu, mixed_precision=precision, kwargs_handlers=[ddp, autocast])
     check_world(accelerator.num_processes)
     _set_threads(recipe.train.threads)
     _set_determinism(recipe.train.deterministic)

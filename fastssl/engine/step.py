@@ -26,13 +26,17 @@ from fastssl.types import STREAM_IDS, Batch, Loss, RawBatch, StreamBatch, View, 
 
 
 class TrainModule(nn.Module):
-    """Network and method in one module with one forward per update: the only thing that Accelerate prepares (DDP, autocast)."""
+    """Network and method in one module with one forward per update: the only thing that Accelerate prepares (DDP, autocast).
 
-    def __init__(self, network: nn.Module, method: Method):
+    ``compile``: the student, as the method calls it, goes through torch.compile; parameters and their names stay those of ``network``.
+    """
+
+    def __init__(self, network: nn.Module, method: Method, compile: bool = False):
         super().__init__()
         self.network = network
         self.method = method
-        self.student: Forward = NetworkForward(network)
+        # One program for each shape: a symbolic one would run slower, and shapes never change within a run.
+        self.student: Forward = NetworkForward(torch.compile(network, dynamic=False) if compile else network)  # type: ignore[arg-type]
 
     def forward(self, views: Views, batch: Batch, teacher: TeacherForward | None) -> Loss:
         return self.method(views, batch, self.student, teacher)

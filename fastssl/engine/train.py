@@ -12,7 +12,8 @@ import torch
 from fastssl.engine import checkpoint, trackers
 from fastssl.engine.assemble import build_evaluator, build_streams, build_task, build_view_policies, open_data, workers_of
 from fastssl.engine.build import build_updater
-from fastssl.engine.capture import decide_capture
+from fastssl.engine.capture import Capture, ReplayedForward, capture_of, update_of
+from fastssl.engine.graphs import CudaGraphs
 from fastssl.engine.launch import check_batches, launch, leave_group_at_exit
 from fastssl.engine.prepare import prepare_method
 from fastssl.engine.progress import Display
@@ -46,14 +47,14 @@ def train(recipe: Recipe, *, resume: str | None = None, run_dir: str | Path | No
     the last update raises too, after summary.json has got its status and error. Collective: every rank calls it.
     """
     trackers.check_trackers(recipe.log.trackers)
-    how = decide_capture(recipe.train.capture)
     accelerator = launch(recipe)
+    capture = capture_of(recipe, accelerator)
     digest = config_digest(recipe)
     with RunLock() as lock:
         path, snapshot, why = choose_run(recipe, digest, resume, run_dir, lock)
-        trainer = Trainer(recipe, accelerator, digest)
+        trainer = Trainer(recipe, accelerator, digest, capture)
         try:
-            trainer.open(path, snapshot, lock, notes=[why, how])
+            trainer.open(path, snapshot, lock, notes=[why, capture.reason])
         except OSError as cause:
             if is_about(path, cause):
                 raise broken_disk(path, cause) from cause
@@ -92,7 +93,7 @@ def _train(trainer: Trainer, stop: Callable[[int], bool] | None) -> None:
 class Trainer:
     """A run in progress: the parts built from the recipe, and where it stands."""
 
-    def __init__(self, recipe: Recipe, accelerator: Any, digest: str):
+    def __init__(self, recipe: Recipe, accelerator: Any, digest: str, capture: Capture | None = None):
         self.recipe, self.accelerator, self.digest = recipe, accelerator, digest
         self.views = get_method(recipe.method.name).views(recipe.method.config)
         reads_unlabeled = any(view.stream == "unlabeled" for view in self.views.values())
@@ -104,6 +105,10 @@ class Trainer:
         self.policies = build_view_policies(recipe, self.views, self.data.manifest, self.data.channels)
         self.evaluator = build_evaluator(recipe, self.data.manifest, self.data.split, recipe.data.eval_on, self.data.channels, accelerator.device)
         self.updater = build_updater(recipe, accelerator, self.data, self.task, self.streams, self.views, self.policies)
+        capture = capture or capture_of(recipe, accelerator)
+        self.update = update_of(self.updater, capture, lambda line: self.run.log(line))
+        if capture.graph:
+            self.evaluator.replayed = ReplayedForward(CudaGraphs(accelerator.device), lambda line: self.run.log(line))
         self.step = 0
         self.evals: dict[str, dict[str, Any]] = {}  # weights -> {"last": {...}, "best": {...}}
         self.best: dict[str, Any] | None = None  # headline top1 of the best evaluation: {"step", "top1"}
@@ -193,7 +198,7 @@ class Trainer:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
             self.accelerator.trackers = []
-            self.data.source.close()
+            self.data.close()
             self.evaluator.source.close()
 
     # --- the loop ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ class Trainer:
                         method.on_epoch_start(self.step // epoch_length)
                 waited = feed.waited_s
                 raw = feed.next()
-                self.updater(raw, self.step)
+                self.update(raw, self.step)
                 self.step += 1
                 if self.step % epoch_length == 0:
                     with torch.no_grad():

@@ -142,7 +142,7 @@ def test_stopping_checkpoints_the_current_update(tiny_data, tmp_path):
 @pytest.mark.parametrize(
     ("override", "error", "words"),
     [
-        ("train.capture=on", RecipeError, "not built yet"),
+        ("train.capture=on", RecipeError, "CUDA graphs need a CUDA device"),
         ("train.precision=fp16", RecipeError, "needs a CUDA device"),
         ("data.split=tinny", DataError, "tiny"),
         ("data.path=/nowhere", DataError, "does not exist"),
