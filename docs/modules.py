@@ -1,6 +1,6 @@
 """Writes docs/modules.md: every module of the project with the first sentence of its own description.
 
-    python docs/modules.py > docs/modules.md
+python docs/modules.py > docs/modules.md
 """
 
 from __future__ import annotations

@@ -87,9 +87,7 @@ def _bilinear_fast(pixels_MCHW: Tensor, x: Tensor, y: Tensor, source: Source) ->
     return F.grid_sample(pixels_MCHW, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
-def sample(
-    pixels_MCHW: Tensor, source: Source, matrices: list[Tensor], size: tuple[int, int], parts: int, fill: tuple[int, ...], fast: bool = False
-) -> Tensor:
+def sample(pixels_MCHW: Tensor, source: Source, matrices: list[Tensor], size: tuple[int, int], parts: int, fill: tuple[int, ...], fast: bool = False) -> Tensor:
     """uint8 [M, C, *size]: the view after ``matrices`` (float64 [M, 6] each, in order of action), in one resampling.
 
     ``parts`` bounds s where the host may not read it. ``fast``: positions in float32 and torch's sampler, now and then a level off.

@@ -94,9 +94,7 @@ def _factors(scale: float, bias: float) -> list[OpLaw]:
 
 def _moves(translate: float) -> list[OpLaw]:
     shears = [OpLaw(op, 0.3, signed=True) for op in ("ShearX", "ShearY")]
-    return [OpLaw("Rotate", 30, integer=True, signed=True), *shears] + [
-        OpLaw(op, translate, signed=True, pixels=True) for op in ("TranslateX", "TranslateY")
-    ]
+    return [OpLaw("Rotate", 30, integer=True, signed=True), *shears] + [OpLaw(op, translate, signed=True, pixels=True) for op in ("TranslateX", "TranslateY")]
 
 
 _PLAIN = [OpLaw("AutoContrast"), OpLaw("Equalize"), OpLaw("Identity")]

@@ -54,7 +54,8 @@ def build_network(
     ``model.options`` go to the backbone's builder, except these that every model takes:
     ``classifier_init``  "default" (PyTorch's) or "xavier" (normal, zero bias);
     ``neck``             {kind: bottleneck | layer_norm | ..., its options}: sits between backbone and classifier, heads and features.
-    ``model.weights`` is loaded into the backbone, ``model.start`` into the whole network.  Raises RecipeError for names and options, CheckpointError for weights.
+    ``model.weights`` is loaded into the backbone, ``model.start`` into the whole network.  Raises RecipeError for names and options, CheckpointError
+    for weights.
     """
     if in_channels not in (1, 3):
         raise RecipeError(f"networks take images with 1 or 3 channels, this dataset has {in_channels}")
