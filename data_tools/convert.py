@@ -17,7 +17,7 @@ from data_tools.catalogue import identify
 from data_tools.collection import Collection, RawSplit
 from data_tools.forecast import check_space, forecast
 from data_tools.images import CHECKS, EXIF, MAX_PIXELS, Rules
-from data_tools.journal import Journal, partial_folder
+from data_tools.journal import Journal, partial_folder, tidy
 from data_tools.manifest_writer import build_manifest
 from data_tools.official_splits import write_official
 from data_tools.plan import SplitPlan, plan_split
@@ -71,7 +71,10 @@ def convert(
     _check_numbers(proportion=(proportion, 0, 1), shard_mb=(shard_mb, 1, 10**9), max_side=(max_side, 0, 10**6), max_pixels=(max_pixels, 1, 10**12))
     _check_numbers(smart_threshold=(smart_threshold, 0, 10**15), workers=(workers, 0, 4096), unit_rows=(unit_rows, 1, 10**6))
     if not force and dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
+        tidy(dest)
         raise DataError(f"{str(dest)!r} already exists; choose another folder or add --force to replace it")
+    if force and dest.exists() and not (dest / MANIFEST_NAME).is_file() and not (dest.is_dir() and not any(dest.iterdir())):
+        raise DataError(f"{str(dest)!r} is no dataset folder, and --force replaces only those; choose another place or remove it yourself")
     raw = open_raw(source, kind=kind, options=options)
     known = identify(raw)
     classes = known.classes if known else raw.classes
@@ -113,8 +116,12 @@ def _check_arguments(source: str | Path, dest: Path, format: str, mode: str, qua
             raise DataError(f"unknown {what} {value!r}{nearest(value, valid)}; known: {list(valid)}")
     if not 1 <= quality <= 100:
         raise DataError(f"JPEG quality {quality} is outside 1..100")
+    if not dest.name or dest.name == "..":
+        raise DataError(f"destination {str(dest)!r} must be a folder with a name; give it as the name of a new folder")
     if Path(source).resolve() == dest.resolve():
         raise DataError(f"source and destination are the same folder {str(dest)!r}; choose another destination")
+    if Path(source).resolve() in dest.resolve().parents:
+        raise DataError(f"destination {str(dest)!r} lies inside the source {str(source)!r}, which would then contain it; choose a place beside it")
 
 
 def _check_numbers(**values: tuple[float, float, float]) -> None:

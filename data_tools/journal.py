@@ -28,11 +28,19 @@ def partial_folder(dest: Path) -> Path:
     return dest.with_name(f"{dest.name}.tmp-convert")
 
 
+def tidy(dest: Path) -> None:
+    """Remove what a kill left beside a finished ``dest`` whose files had already been moved out; anything else stays."""
+    root = partial_folder(dest)
+    if (root / STATE).is_file() and not (root / "out").is_dir():
+        shutil.rmtree(root, ignore_errors=True)
+
+
 class Journal:
     """``state`` identifies the work (source stamp, options); ``parts`` holds the units, ``out`` the dataset folder that is being put together."""
 
     def __init__(self, dest: Path, state: dict[str, Any]):
-        self.root = partial_folder(dest)
+        self.dest, self.root = dest, partial_folder(dest)
+        self._old = self.root / "replaced"
         self.parts, self.out = self.root / "parts", self.root / "out"
         self.state = state
         self.continued = False
@@ -54,6 +62,7 @@ class Journal:
                     raise DataError(f"another process is converting into {str(self.root)!r}; wait for it or choose another destination") from error
             with told(self.root):
                 if restart:
+                    self._restore()
                     self._clear()
                 self._take_up()
                 try:
@@ -65,6 +74,7 @@ class Journal:
 
     def _take_up(self) -> None:
         file = self.root / STATE
+        self._restore()
         if file.is_file():
             try:
                 before = json.loads(file.read_text())
@@ -86,6 +96,13 @@ class Journal:
             leftover.unlink(missing_ok=True)
         if not file.is_file():
             write_file(file, json.dumps(self.state).encode())
+
+    def _restore(self) -> None:
+        """Mend what a kill within ``finish`` left: a dataset that was moved away but not replaced returns; what is left behind a finished one goes."""
+        if self._old.exists() and not self.dest.exists():
+            os.replace(self._old, self.dest)
+        if (self.root / STATE).is_file() and not self.out.is_dir():
+            self._clear()
 
     def _clear(self) -> None:
         for entry in self.root.iterdir():
@@ -128,8 +145,9 @@ class Journal:
 
     def finish(self, dest: Path) -> None:
         """Rename the finished folder to ``dest``, whose place it takes, and remove the rest."""
-        old = self.root / "replaced"
+        if self._old.exists():  # a kill came here before: ``dest`` is whole, this is what it replaced
+            shutil.rmtree(self._old)
         if dest.exists():
-            os.replace(dest, old)
+            os.replace(dest, self._old)
         os.replace(self.out, dest)
         shutil.rmtree(self.root, ignore_errors=True)

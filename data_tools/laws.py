@@ -83,7 +83,10 @@ def percent_counts(known: int, num_classes: int, percent: float | str, seed: int
     Which classes get one more is drawn once per seed, so that no class loses a label when ``percent`` grows: with ``balanced`` 1 % lies inside 10 %.
     1 % and 10 % of ImageNet's 1 281 167 images are 12 811 and 128 116, as in SimCLR's lists.
     """
-    share = Fraction(str(percent)) / 100
+    try:
+        share = Fraction(str(percent)) / 100
+    except (ValueError, ZeroDivisionError) as error:
+        raise DataError(f"{percent!r} is no percentage; give a number above 0 and at most 100") from error
     if not 0 < share <= 1:
         raise DataError(f"{percent} percent gives an empty or impossible split; it must be above 0 and at most 100")
     total = int(share * known)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import numpy as np
 from data_tools.collection import Collection
 from data_tools.plan import SplitPlan
 from fastssl.sources.manifest import FORMAT_VERSION
+
+TABLES = ("rows.parquet", "bad.parquet")
+OWN = "manifest_digest"
 
 
 def build_manifest(
@@ -28,7 +32,8 @@ def build_manifest(
     """The manifest of the files in ``folder``: ``data`` and ``records`` as assembly wrote them.
 
     ``checksums`` has the sha256 of every content file, except data files whose every image is in ``rows``: the sha256 over the hashes of the stored rows,
-    in order, under ``<split> rows``.  Times, machine and paths do not occur: the same conversion gives the same manifest.
+    in order, under ``<split> rows``.  ``tables`` has the sha256 of the row tables; it is no part of the dataset's digest, since another release of the
+    Parquet library may write the same rows as other bytes.  Times, machine and paths do not occur: the same conversion gives the same manifest.
     """
     splits: dict[str, dict[str, Any]] = {}
     checksums: dict[str, str] = {}
@@ -52,7 +57,7 @@ def build_manifest(
         }
     measured = max(plans, key=lambda plan: plan.measured)
     mean, std = moments(measured.histogram)
-    return {
+    manifest = {
         "format_version": FORMAT_VERSION,
         "format": options["format"],
         "name": name or known or raw.name,
@@ -65,8 +70,16 @@ def build_manifest(
         "source": {"kind": raw.kind, "known_as": known, "digest": combine({k: v["rows_digest"] for k, v in splits.items()})},
         "options": options,
         "checksums": checksums,
+        "tables": {file: file_digest(folder / file) for file in TABLES if (folder / file).is_file()},
         "digest": combine(checksums),
     }
+    return {**manifest, OWN: own_digest(manifest)}
+
+
+def own_digest(manifest: dict[str, Any]) -> str:
+    """sha256 (hex) of everything that a dataset.json says, but for this digest itself, in whatever order and spacing."""
+    said = {key: value for key, value in manifest.items() if key != OWN}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def rows_entry(split: str) -> str:

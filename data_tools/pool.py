@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -29,7 +31,7 @@ def run_all(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int, ki
         return
     executor: Executor
     if kind == "processes":
-        executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
     else:
         executor = ThreadPoolExecutor(workers, thread_name_prefix="fastssl-convert")
     waiting: set[Future] = set()
@@ -51,6 +53,19 @@ def run_all(work: Callable[[Job], Result], jobs: Iterable[Job], workers: int, ki
         ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker process: end when the process that started it is gone.  A killed one cannot say so, and its workers would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="fastssl-convert-parent", daemon=True).start()
 
 
 @contextlib.contextmanager

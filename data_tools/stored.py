@@ -28,7 +28,14 @@ def _arrays(manifest: Manifest, split: str) -> Reader:
     info = manifest.split(split)
     shape = (info.count, info.max_height, info.max_width, manifest.channels)
     pixels = open_npy(manifest.root / info.files["pixels"], np.uint8, shape)
-    return lambda row, height, width: (RAW, np.ascontiguousarray(pixels[row, :height, :width]).data.cast("B"))
+
+    def read(row: int, height: int, width: int) -> tuple[int, memoryview]:
+        canvas = pixels[row]
+        if canvas[height:].any() or canvas[:height, width:].any():
+            raise ValueError(f"recorded as {height}x{width}, but there are pixels beyond it")
+        return RAW, np.ascontiguousarray(canvas[:height, :width]).data.cast("B")
+
+    return read
 
 
 def _beton(manifest: Manifest, split: str) -> Reader:

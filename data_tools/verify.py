@@ -18,12 +18,13 @@ from PIL import Image
 
 from data_tools.ffcv_check import Left, compare
 from data_tools.leaks import Ledger, fingerprint
-from data_tools.manifest_writer import combine, file_digest, rows_entry
+from data_tools.manifest_writer import OWN, combine, file_digest, own_digest, rows_entry
 from data_tools.pool import run_all
 from data_tools.progress import track
 from data_tools.rows import ROWS, update_digests
 from data_tools.storage import JPEG, PNG
 from data_tools.stored import open_stored
+from data_tools.unused import unused_bytes
 from fastssl.errors import DataError
 from fastssl.sources.base import open_source
 from fastssl.sources.manifest import MANIFEST_NAME, Manifest, load_labels, load_manifest, load_split, split_files
@@ -82,7 +83,13 @@ def _check_with_ffcv(manifest: Manifest, found: Findings) -> None:
 
 
 def _check_files(manifest: Manifest, found: Findings) -> None:
-    recorded = json.loads((manifest.root / MANIFEST_NAME).read_text()).get("checksums", {})
+    said = json.loads((manifest.root / MANIFEST_NAME).read_text())
+    recorded = said.get("checksums", {})
+    if (OWN in said or "tables" in said) and said.get(OWN) != own_digest(said):  # datasets that were written before there was one have neither
+        found.problems.append(f"{MANIFEST_NAME} has changed since it was written")
+    for file, digest in said.get("tables", {}).items():
+        if not (manifest.root / file).is_file() or file_digest(manifest.root / file) != digest:
+            found.problems.append(f"{file} is missing or has changed since it was written")
     needed = {file for info in manifest.splits.values() for file in info.content}
     rows = {rows_entry(split) for split in manifest.splits}
     if not set(recorded) - rows <= needed or not rows <= set(recorded) or combine(recorded) != manifest.digest:
@@ -126,6 +133,9 @@ def _check_rows(manifest: Manifest, rows: pq.ParquetFile, workers: int, decode: 
             labels[split] = load_labels(manifest, split)
             open_source(manifest.root, split).close()
             readers[split] = open_stored(manifest, split)
+            stray = unused_bytes(manifest, split)
+            if stray:
+                found.problems.append(f"{split}: {stray}")
         except DataError as error:
             found.problems.append(str(error))
     seen = {split: _Seen() for split in readers}
@@ -157,13 +167,17 @@ def _check_rows(manifest: Manifest, rows: pq.ParquetFile, workers: int, decode: 
             yield batch
 
     total = -(-rows.metadata.num_rows // _BATCH)
-    for changed, broken, sound in track(run_all(check, batches(), workers), total, f"verify (batches of {_BATCH} images)"):
-        for split, row in changed:
-            seen[split].changed.append(row)
-        for split, row in broken:
-            seen[split].broken.append(row)
-        if ledger is not None:
-            ledger.add(sound)
+    try:
+        for changed, broken, sound in track(run_all(check, batches(), workers), total, f"verify (batches of {_BATCH} images)"):
+            for split, row in changed:
+                seen[split].changed.append(row)
+            for split, row in broken:
+                seen[split].broken.append(row)
+            if ledger is not None:
+                ledger.add(sound)
+    except (pa.ArrowException, OSError, ValueError) as error:  # stored rows that cannot be read are told above: this is the table
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{str(manifest.root / 'rows.parquet')!r} is damaged ({reason}); convert the dataset again") from error
     for split, facts in seen.items():
         _judge(manifest, split, facts, decode, found)
 

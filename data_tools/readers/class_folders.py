@@ -92,17 +92,32 @@ def folder_split(root: Path, folder: Path, classes: tuple[str, ...], ignore: tup
 def walk_images(folder: str | Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> Iterator[tuple[str, int, int]]:
     """(path, bytes, modification time in ns) of every image file below ``folder``: folders in the order of their paths, files by name within.
 
-    Holds the names of one folder at a time.  Links are followed.  Raises DataError where a folder cannot be read.
+    Holds the names of one folder at a time.  Links are followed.  Raises DataError where a folder cannot be read, for an image that is a link to nothing,
+    and for a link to a folder that it lies in, which would give the same images again and again.
     """
     try:
-        for place in sorted(path for path, _, _ in os.walk(folder, followlinks=True, onerror=_raise)):
+        for place in sorted(_folders(folder)):
             with os.scandir(place) as entries:
-                files = sorted((entry for entry in entries if entry.name.lower().endswith(suffixes) and entry.is_file()), key=lambda entry: entry.name)
+                files = sorted((entry for entry in entries if entry.name.lower().endswith(suffixes) and not entry.is_dir()), key=lambda entry: entry.name)
             for entry in files:
+                if not entry.is_file():
+                    if entry.is_symlink():
+                        raise DataError(f"{entry.path!r} is a link to a file that is not there; bring the file back or remove the link")
+                    continue
                 facts = entry.stat()
                 yield entry.path, facts.st_size, facts.st_mtime_ns
     except OSError as error:
         raise DataError(f"{str(error.filename or folder)!r} cannot be read ({error.strerror or error}); check the source and its permissions") from error
+
+
+def _folders(folder: str | Path) -> Iterator[str]:
+    """Paths of ``folder`` and all folders below it."""
+    for path, names, _ in os.walk(folder, followlinks=True, onerror=_raise):
+        yield path
+        for name in names:
+            below = os.path.join(path, name)
+            if os.path.islink(below) and (os.path.realpath(path) + os.sep).startswith(os.path.realpath(below) + os.sep):
+                raise DataError(f"{below!r} is a link to a folder that it lies in, so its images would be read again and again; remove the link")
 
 
 def _raise(error: OSError) -> None:

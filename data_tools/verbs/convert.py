@@ -50,7 +50,7 @@ def add(verbs: Any) -> None:
     convert.add_argument("--kind", default="auto", help="which of the kinds above SOURCE is (default: recognised)")
     convert.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="a setting of that kind of source; may be repeated")
     convert.add_argument("--restart", action="store_true", help="throw away what a stopped conversion to DEST has done")
-    convert.add_argument("--force", action="store_true", help="replace an existing DEST once the new one is complete")
+    convert.add_argument("--force", action="store_true", help="replace an existing dataset folder DEST once the new one is complete")
 
 
 def run(args: argparse.Namespace) -> None:

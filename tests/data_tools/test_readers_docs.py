@@ -9,6 +9,7 @@ import pytest
 from data_tools.cli import build_parser, main
 from data_tools.readers import READERS
 from data_tools.readers.torchvision_sets import KNOWN
+from data_tools.verbs.split import with_action
 from fastssl.sources import load_manifest
 from fastssl.sources.manifest import load_split
 from tests.data_tools.layouts import jpeg, put
@@ -40,6 +41,13 @@ def test_commands_of_the_sources_page_are_understood():
         options = dict(pair.split("=") for pair in args.option)
         known = {option for reader in READERS for option in reader.options}
         assert set(options) <= known and args.kind in kinds | {"auto"}
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_every_command_on_every_page_is_one_that_there_is(page):
+    for words in commands(page):
+        if not any(word.startswith("[") or word == "..." for word in words):
+            assert build_parser().parse_args(with_action(words[1:])).verb == words[1]
 
 
 def test_the_guide_for_your_own_dataset_works_as_it_stands(tmp_path, monkeypatch):

@@ -107,6 +107,8 @@ def test_all_rows_labelled_is_a_split(dataset):
         ({"percent": 1}, "fewer than one for each"),
         ({"percent": 0}, "above 0"),
         ({"percent": 101}, "at most 100"),
+        ({"percent": "nan"}, "no percentage"),
+        ({"percent": "1/0"}, "no percentage"),
         ({"percent": 20, "per_class": 2}, "instead of --per-class"),
         ({"percent": 20, "law": "tllib"}, "size of the law balanced"),
         ({"percent": 20, "setting": "own-lt gamma=2 head=2 head_u=2"}, "leave out"),

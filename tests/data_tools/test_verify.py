@@ -100,6 +100,39 @@ def test_damage_is_found(pristine, tmp_path, name, harm, expected):
         assert any(text in problem for problem in problems), problems
 
 
+@pytest.mark.parametrize("format", ["arrays", "ffcv", "dali"])
+def test_a_changed_byte_is_found_in_every_file(tmp_path, format):
+    """Anywhere: in an image, a header, padding between images, a table.  Only spaces and a label split's header lines may differ."""
+    raw = photo_folders(tmp_path / "raw")
+    (raw / "train" / "cat" / "empty.jpg").write_bytes(b"")
+    dataset = convert(raw, tmp_path / "data", format=format, max_side=40)
+    assert verify(dataset).problems == [] and (dataset / "bad.parquet").is_file()
+    draw, unnoticed = np.random.RandomState(0), []
+    for file in sorted(path for path in dataset.iterdir() if path.is_file()):
+        data = file.read_bytes()
+        for place in {0, 60, 100, len(data) // 2, len(data) - 1, *draw.randint(0, len(data), 3).tolist()} - {i for i in range(60, 101) if i >= len(data)}:
+            if file.name == "dataset.json" and not data[place : place + 1].strip():
+                continue
+            file.write_bytes(data[:place] + bytes([data[place] ^ 2]) + data[place + 1 :])
+            try:
+                if not verify(dataset).problems:
+                    unnoticed.append((file.name, place))
+            except DataError:
+                pass
+        file.write_bytes(data)
+    assert unnoticed == [] and verify(dataset).problems == []
+
+
+def test_edited_facts_are_found_and_older_manifests_without_a_digest_are_not_blamed(pristine, tmp_path):
+    shutil.copytree(pristine / "grey-arrays", tmp_path / "data")
+    file = tmp_path / "data" / "dataset.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "mean": [0.25]}))
+    assert verify(tmp_path / "data").problems == ["dataset.json has changed since it was written"]
+    file.write_text(json.dumps({key: value for key, value in content.items() if key not in ("tables", "manifest_digest")}, indent=3))
+    assert verify(tmp_path / "data").problems == []
+
+
 @pytest.mark.parametrize("format", ["ffcv", "dali"])
 def test_images_that_were_broken_from_the_start_are_found_by_decoding(tmp_path, format):
     raw = photo_folders(tmp_path / "raw")
